@@ -1,0 +1,19 @@
+"""dcc: a compiler that inserts feature caching into the sampling loop of a diffusion model."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+_bare = importlib.util.find_spec("kernels")
+if _bare is not None and _bare.origin == str(Path(__file__).parent.parent / "kernels" / "__init__.py"):
+    # python was started at the root of dcc's sources: without this, transformers would take our folder for the
+    # package of Hugging Face that is called kernels, and fail
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+
+from dcc import demo, errors  # noqa: E402
+from dcc.compiler import compile, restore, sites  # noqa: E402
+from dcc.plan import Plan  # noqa: E402
+from dcc.runtime import CompiledDenoiser  # noqa: E402
+
+__all__ = ["CompiledDenoiser", "Plan", "compile", "demo", "errors", "restore", "sites"]
+__version__ = "0.1.0"

@@ -1,0 +1,302 @@
+"""Captures a denoiser once, as a functional ATen graph whose weights are inputs. The only file that uses torch.export.
+
+A `Call` is one set of arguments in canonical form; a `Captured` is the graph that serves every call of the same
+signature whose shapes fit (DESIGN contract 1).
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.export
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Graph, GraphModule
+from torch.utils import _pytree as pytree
+
+from dcc.errors import CaptureError
+from dcc.passes.graph import output_node
+from dcc.passes.verify import is_mutation, verify
+
+CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one denoiser call: the tensors by path, and everything else as the signature.
+
+    `names[i]` is a readable path such as `hidden_states` or `added_cond_kwargs.time_ids`. `signature` is hashable and
+    equal for calls that one graph can serve, up to shapes.
+    """
+
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    constants: dict[str, Any]
+    spec: pytree.TreeSpec
+    leaf_names: tuple[str, ...]
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        kinds = tuple((t.dim(), t.dtype, t.device) for t in self.tensors)
+        return self.names, kinds, tuple(self.constants.items())
+
+    def arguments(self, tensors: tuple[Tensor, ...] | None = None) -> dict[str, Any]:
+        """The keyword arguments again, with other tensors if given."""
+        values = dict(zip(self.names, self.tensors if tensors is None else tensors, strict=True)) | self.constants
+        return pytree.tree_unflatten([values[name] for name in self.leaf_names], self.spec)
+
+    def contiguous(self) -> Call:
+        """The same call with dense tensors, as lowered code expects; copies only what is not dense."""
+        return replace(self, tensors=tuple(tensor.contiguous() for tensor in self.tensors))
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_tensors: frozenset[str]) -> Call:
+    """Canonical form of `module(*args, **kwargs)`: positional and keyword spellings give the same call.
+
+    `as_tensors` names numeric arguments to pass as tensors because they change from step to step. Raises TypeError
+    as the module's forward would, and CaptureError for a value that is neither tensor, number, string, list nor dict.
+    """
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(value)
+        elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            if value:
+                raise CaptureError(
+                    f"{type(module).__name__}.forward takes {name!r} by position only; name its parameters"
+                )
+        else:
+            arguments[name] = value
+    leaves, spec = pytree.tree_flatten_with_path(arguments)
+    names, tensors, tensor_names, constants = [], [], [], {}
+    for path, value in leaves:
+        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        names.append(name)
+        if name in as_tensors and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
+        if isinstance(value, Tensor):
+            tensor_names.append(name)
+            tensors.append(value)
+        elif isinstance(value, CONSTANTS):
+            constants[name] = value
+        else:
+            raise CaptureError(
+                f"argument {name!r} of {type(module).__name__} is a {type(value).__name__}; "
+                "dcc takes tensors, numbers, strings, and lists or dicts of them"
+            )
+    return Call(tuple(tensor_names), tuple(tensors), constants, spec, tuple(names))
+
+
+@dataclass
+class Weight:
+    """A parameter or buffer, read from the live module at every call so that weight swaps and casts take effect."""
+
+    owner: dict[str, Tensor | None]
+    key: str
+
+    def get(self) -> Tensor:
+        value = self.owner[self.key]
+        if value is None:
+            raise CaptureError(f"weight {self.key!r} was there at capture and is None now; compile again")
+        return value
+
+
+@dataclass
+class Captured:
+    """A denoiser as one graph. Graph inputs: weights, then the call's tensors; outputs: a flat tuple.
+
+    `problem` is why the module could not be exported; the graph is then one call of the eager module.
+    """
+
+    graph_module: GraphModule
+    call: Call
+    weights: dict[str, Weight]
+    constants: dict[str, Tensor]
+    inputs: dict[str, str]  # call path -> placeholder name
+    out_spec: pytree.TreeSpec
+    problem: str | None = None
+    varying: frozenset[str] = frozenset()  # paths of the tensors that change from step to step
+    _symbols: dict[str, list[Any]] = field(default_factory=dict)
+
+    def accepts(self, call: Call) -> bool:
+        """Whether the graph serves this call: same signature, fixed sizes equal, symbolic sizes consistent."""
+        if call.signature != self.call.signature:
+            return False
+        if self.problem:
+            return True
+        bound: dict[str, int] = {}
+        for name, tensor in zip(call.names, call.tensors, strict=True):
+            expected = self._symbols.get(name)
+            if expected is None:
+                continue
+            for symbol, size in zip(expected, tensor.shape, strict=True):
+                if isinstance(symbol, int):
+                    if symbol != size:
+                        return False
+                elif bound.setdefault(symbol, int(size)) != size:
+                    return False
+        return True
+
+    def bindings(self, call: Call) -> dict[str, Tensor]:
+        """Every graph input of this call by placeholder name."""
+        values = {name: weight.get() for name, weight in self.weights.items()}
+        values.update(self.constants)
+        for path, tensor in zip(call.names, call.tensors, strict=True):
+            if path in self.inputs:
+                values[self.inputs[path]] = tensor
+        return values
+
+    def agrees(self, module: nn.Module, call: Call, exactly: bool = False) -> bool:
+        """Whether the graph gives the eager module's outputs for this call, to float rounding or bit for bit."""
+        if self.problem:
+            return True
+        with torch.no_grad():
+            expected = pytree.tree_leaves(module(**call.arguments()))
+            try:
+                actual = self.graph_module(*self.inputs_of(call))
+            except (RuntimeError, AssertionError, IndexError, ValueError, KeyError, CaptureError):
+                return False  # sizes folded at capture do not fit this call, or weights are gone
+        rtol, atol = (0.0, 0.0) if exactly else (1e-3, 1e-4)
+        return len(actual) == len(expected) and all(
+            a.shape == e.shape and a.dtype == e.dtype and torch.allclose(a, e, rtol=rtol, atol=atol, equal_nan=True)
+            for a, e in zip(actual, expected, strict=True)
+        )
+
+    def inputs_of(self, call: Call) -> list[Tensor]:
+        """Graph inputs of this call in placeholder order."""
+        values = self.bindings(call)
+        return [values[node.name] for node in self.graph_module.graph.nodes if node.op == "placeholder"]
+
+
+def capture(module: nn.Module, call: Call) -> Captured:
+    """Exports `module` for calls like this one; capture with a batch of 2 or more, because sizes of 1 are fixed.
+
+    Tries all dimensions dynamic, then fixed shapes, then falls back to the eager module as one opaque node, keeping
+    the reason in `problem`. A module that was captured before is not captured again while its old graph still gives
+    its outputs bit for bit, so compiling once more for another plan is quick.
+    """
+    for known in _CAPTURES.get(module, []):
+        if known.accepts(call) and known.agrees(module, call, exactly=True):
+            return known
+    captured = _first_that_exports(module, call)
+    if captured.problem is None:
+        _CAPTURES.setdefault(module, []).append(captured)
+    return captured
+
+
+_CAPTURES: WeakKeyDictionary[nn.Module, list[Captured]] = WeakKeyDictionary()
+
+
+def _first_that_exports(module: nn.Module, call: Call) -> Captured:
+    problems = []
+    for dynamic in (True, False):
+        try:
+            return _export(module, call, dynamic)
+        except Exception as error:  # torch.export raises many kinds; each is recorded and shown by summary()
+            problems.append(f"{'dynamic' if dynamic else 'fixed'} shapes: {type(error).__name__}: {_first_line(error)}")
+    return _opaque(module, call, "; ".join(problems))
+
+
+def _export(module: nn.Module, call: Call, dynamic: bool) -> Captured:
+    kwargs = call.arguments()
+    shapes = None
+    if dynamic:
+        shapes = pytree.tree_map(_dynamic_dims, kwargs)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's own deprecations, nothing a caller could act on
+        program = torch.export.export(module, (), kwargs, dynamic_shapes=shapes, strict=False)
+        if any(is_mutation(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})  # functional form, operators left whole
+    return _from_program(module, call, program)
+
+
+def _dynamic_dims(value: Any) -> dict[int, Any] | None:
+    """Every dimension symbolic, except those of size 1: torch.export fixes 0 and 1."""
+    if not isinstance(value, Tensor):
+        return None
+    return {d: torch.export.Dim.STATIC if size == 1 else torch.export.Dim.AUTO for d, size in enumerate(value.shape)}
+
+
+def _from_program(module: nn.Module, call: Call, program: torch.export.ExportedProgram) -> Captured:
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    weights, constants, user_inputs = {}, {}, []
+    for spec in program.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.USER_INPUT:
+            user_inputs.append(name)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            weights[name] = _live(module, spec.target)
+        else:
+            constants[name] = program.constants[spec.target]
+    inputs, symbols = {}, {}
+    for path, name in zip(call.leaf_names, user_inputs, strict=True):
+        node = placeholders[name]
+        if path in call.names:
+            inputs[path] = name
+            symbols[path] = [_size(size) for size in node.meta["val"].shape]
+        else:
+            program.graph.erase_node(node)  # a constant: part of the signature, folded into the graph
+    graph_module = GraphModule(dict(program.graph_module.named_modules()), program.graph)
+    for spec in program.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(f"the module writes to {spec.target!r} while it runs; a cached graph must be functional")
+    output = output_node(graph_module)
+    output.args = (tuple(output.args[0]),)
+    verify(graph_module, "capture")
+    return Captured(graph_module, call, weights, constants, inputs, program.call_spec.out_spec, _symbols=symbols)
+
+
+def _size(size: Any) -> int | str:
+    """A fixed size as a number, a symbolic one as its expression."""
+    fixed = size if isinstance(size, int) else size.node.maybe_as_int()
+    return str(size) if fixed is None else int(fixed)
+
+
+def _live(module: nn.Module, target: str) -> Weight:
+    path, _, key = target.rpartition(".")
+    owner = module.get_submodule(path)
+    return Weight(owner._parameters if key in owner._parameters else owner._buffers, key)
+
+
+def _opaque(module: nn.Module, call: Call, problem: str) -> Captured:
+    """One node that calls the eager module: its raw output can still be cached, nothing inside can."""
+    with torch.no_grad():
+        outputs, out_spec = pytree.tree_flatten(module(**call.arguments()))
+    if not all(isinstance(value, Tensor) for value in outputs):
+        raise CaptureError(
+            f"{type(module).__name__} returns values that are not tensors, and exports neither: {problem}"
+        )
+
+    class Eager(nn.Module):
+        def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(pytree.tree_leaves(module(**call.arguments(tensors))))
+
+    graph, inputs, placeholders = Graph(), {}, []
+    for index, (path, tensor) in enumerate(zip(call.names, call.tensors, strict=True)):
+        node = graph.placeholder(f"input_{index}")
+        node.meta["val"] = tensor.to("meta")
+        inputs[path] = node.name
+        placeholders.append(node)
+    eager = graph.call_module("eager", tuple(placeholders))
+    eager.meta["val"] = tuple(value.to("meta") for value in outputs)
+    items = []
+    for index, value in enumerate(outputs):
+        item = graph.call_function(operator.getitem, (eager, index))
+        item.meta["val"] = value.to("meta")
+        items.append(item)
+    graph.output(tuple(items))
+    graph_module = GraphModule({"eager": Eager()}, graph)
+    return Captured(graph_module, call, {}, {}, inputs, out_spec, problem=problem)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:200]

@@ -1,0 +1,259 @@
+"""The command line: `dcc demo`, `dcc sites`, `dcc plan show`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers.utils import logging as diffusers_logging  # noqa: TID251 - only to silence it while it loads
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+from transformers.utils import logging as transformers_logging
+from typer.core import TyperGroup
+
+import dcc
+from dcc.errors import DccError, DemoError, LoweringError, PipelineError
+from dcc.lower import BACKENDS
+from dcc.pipeline import load_pipeline
+from dcc.policies import DEFAULT_POLICY, make_policy
+
+# About three times fewer denoiser FLOPs on both demo pipelines.
+INTERVALS = {"taylorseer": 4, "interval": 3}
+
+
+class Commands(TyperGroup):
+    """Prints every deliberate refusal as one message and exits with 1; DCC_DEBUG lets the traceback through."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DccError as error:
+            if os.environ.get("DCC_DEBUG"):
+                raise
+            Console(stderr=True, highlight=False).print(Text.assemble(("error: ", "bold red"), (str(error), "red")))
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="A compiler that inserts feature caching into the sampling loop of a diffusion model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+plan_app = typer.Typer(help="Look at plan files.", no_args_is_help=True)
+app.add_typer(plan_app, name="plan")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dcc {dcc.__version__} (torch {torch.__version__})")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A compiler that inserts feature caching into the sampling loop of a diffusion model."""
+
+
+@app.command()
+def demo(
+    pipeline: Annotated[str, typer.Option(help="The embedded pipeline: mmdit or unet.")] = "mmdit",
+    policy: Annotated[str, typer.Option(help="The caching policy: taylorseer or interval.")] = DEFAULT_POLICY,
+    interval: Annotated[int | None, typer.Option(help="A full step every so many steps.")] = None,
+    order: Annotated[int | None, typer.Option(help="The order of taylorseer's forecasts.")] = None,
+    site: Annotated[str | None, typer.Option(help="What to cache; `dcc sites` lists the names.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, max=64, help="How many held-out prompts to draw.")] = 8,
+    backend: Annotated[str, typer.Option(help="inductor compiles to machine code; eager starts at once.")] = "inductor",
+    out: Annotated[Path | None, typer.Option(help="The picture; dcc-demo-PIPELINE.png if not given.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of the first prompt's noise.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads. The demo models are too small for many.")] = 1,
+) -> None:
+    """Draw held-out prompts uncached and cached, time both, and lay the images side by side."""
+    settings = dcc.demo.settings(pipeline)
+    given = {"interval": INTERVALS.get(policy) if interval is None else interval, "order": order, "site": site}
+    parameters = {name: value for name, value in given.items() if value is not None}
+    make_policy(policy, settings["num_inference_steps"], parameters)  # refuses bad names and values before any work
+    if backend not in BACKENDS:
+        raise LoweringError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    out = _writable(out or Path(f"dcc-demo-{pipeline}.png"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _demo(pipeline, settings, {"policy": policy, **parameters}, prompts, backend, out, seed)
+    finally:
+        torch.set_num_threads(before)
+
+
+@app.command()
+def sites(
+    pipeline: Annotated[str, typer.Option(help="mmdit, unet, or the folder of a saved diffusers pipeline.")] = "mmdit",
+) -> None:
+    """Print every value of a pipeline's denoiser that may be cached, with its shape, bytes and share of FLOPs."""
+    with Stages() as stages:
+        stages(f"loading {pipeline}")
+        pipe = _load(pipeline)
+        stages("capturing the denoiser")
+        call = dcc.demo.settings(pipeline) if pipeline in dcc.demo.names() else {}
+        found = dcc.sites(pipe, dcc.demo.prompts()[:1], **call)
+    Console().print(found)
+
+
+@plan_app.command("show")
+def plan_show(
+    file: Annotated[Path, typer.Argument(help="A plan that Plan.save wrote.")],
+    steps: Annotated[bool, typer.Option("--steps", help="Also list what each step computes or forecasts.")] = False,
+) -> None:
+    """Print a plan readably."""
+    from dcc.report import plan_table, steps_table
+
+    plan = dcc.Plan.load(file)
+    console = Console()
+    console.print(plan_table(plan))
+    if steps:
+        console.print()
+        console.print(steps_table(plan))
+
+
+def _demo(
+    name: str, settings: dict[str, Any], caching: dict[str, Any], count: int, backend: str, out: Path, seed: int
+) -> None:
+    """Compiles a pipeline twice, cached and all-compute, runs both in turn, then prints and draws what came out."""
+    from dcc.evaluate import compare
+    from dcc.report import decibels, demo_table, plan_table, save_grid
+
+    start = time.perf_counter()
+    prompts, calib = dcc.demo.prompts("test")[:count], dcc.demo.prompts("calib")
+    # the cached one first: a site that does not exist is refused before the longer work
+    wanted = {"cached": caching, "uncached": {"policy": "interval", "interval": 1}}
+    pipes = {}
+    with Stages() as stages:
+        for kind, policy in wanted.items():
+            stages(f"{kind}: loading {name}")
+            pipes[kind] = dcc.compile(
+                _load(name), calib, backend=backend, progress=stages.named(kind), **policy, **settings
+            )
+        stages(f"drawing {_count(count, 'image')} with each, in turn")
+        result = compare(pipes["uncached"], pipes["cached"], prompts, seed=seed, progress=stages.update, **settings)
+        stages(f"writing {out}")
+        plan = _denoiser(pipes["cached"]).plan
+        full = f"{sum(plan.steps_mask)} of {plan.steps} steps computed in full"
+        headline = f"{name}: {plan.policy}, {full}, speed-up {result.ratio:.2f}x"
+        notes = [decibels(value) for value in result.psnr]
+        save_grid(out, prompts, result.reference.images, result.cached.images, headline, notes)
+    console = Console(highlight=False)
+    console.print("\n[bold]The plan[/]")
+    console.print(plan_table(plan))
+    threads = _count(torch.get_num_threads(), "CPU thread")
+    console.print(f"\n[bold]What it does[/]  {_count(count, 'held-out prompt')}, {backend}, {threads}")
+    console.print(demo_table(result, plan))
+    for kind, pipe in pipes.items():
+        for program in _denoiser(pipe).programs.values():
+            if program.problem:
+                note = f"note: {kind}: variant {program.variant.name} runs eagerly: {program.problem}"
+                console.print(Text(note, "yellow"))
+    console.print(f"\npicture: {out}\ntotal: {time.perf_counter() - start:.0f} s", soft_wrap=True)
+
+
+def _denoiser(pipe: Any) -> dcc.CompiledDenoiser:
+    return next(part for part in vars(pipe).values() if isinstance(part, dcc.CompiledDenoiser))
+
+
+def _load(pipeline: str) -> Any:
+    """A demo pipeline by name, or a saved one by folder, without the libraries' chatter."""
+    with _quiet():
+        if pipeline in dcc.demo.names() or not (Path(pipeline) / "model_index.json").is_file():
+            if pipeline not in dcc.demo.names() and Path(pipeline).exists():
+                raise PipelineError(f"{pipeline}: not a saved diffusers pipeline, it has no model_index.json")
+            return dcc.demo.load(pipeline)
+        try:
+            return load_pipeline(pipeline)
+        except Exception as error:  # diffusers raises many kinds, KeyError for one; each means that it cannot be loaded
+            raise PipelineError(f"{pipeline}: cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither progress bars nor advice from the libraries that load a pipeline; errors are raised as ever."""
+    loggers = [diffusers_logging, transformers_logging]
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for library in loggers:
+                library.set_verbosity_error()
+                library.disable_progress_bar()
+            yield
+    finally:
+        for library, (verbosity, bar) in zip(loggers, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+
+
+def _writable(path: Path) -> Path:
+    """The path, where a file can be written there. Raises DemoError, before any work, where it cannot."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise DemoError(f"--out {path}: there is no folder {folder}; create it or choose another path")
+    if path.is_dir():
+        raise DemoError(f"--out {path}: this is a folder; name a file in it, e.g. {path / 'dcc-demo.png'}")
+    if not os.access(folder, os.W_OK):
+        raise DemoError(f"--out {path}: the folder {folder} cannot be written to; choose another path")
+    return path
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+class Stages:
+    """What is going on, on stderr: a spinner on a terminal while a stage runs, and a line with its seconds after it."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.status: Status | None = None
+        self.line, self.started = "", 0.0
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        self.end(finished=kind is None)
+
+    def __call__(self, line: str) -> None:
+        """Ends the running stage and begins the next one."""
+        self.end()
+        self.line, self.started = line, time.perf_counter()
+        self.status = self.console.status(Text(line))
+        self.status.start()
+
+    def named(self, kind: str) -> Callable[[str], None]:
+        """A progress callable whose stages begin with `kind`."""
+        return lambda line: self(f"{kind}: {line}")
+
+    def update(self, detail: str) -> None:
+        """Shows how far the running stage is."""
+        if self.status:
+            self.status.update(Text(f"{self.line}: {detail}"))
+
+    def end(self, finished: bool = True) -> None:
+        """Ends the running stage, if there is one; leaves its line only where it finished."""
+        if self.status:
+            self.status.stop()
+            self.status = None
+            if finished:
+                seconds = time.perf_counter() - self.started
+                self.console.print(Text(f"{seconds:6.1f} s  {self.line}"), soft_wrap=True)

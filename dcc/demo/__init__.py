@@ -1,0 +1,63 @@
+"""Two small text-to-image pipelines, trained from scratch on drawn scenes, that come with the package.
+
+pipe = dcc.demo.load("mmdit")
+image = pipe(dcc.demo.prompts("test")[0], **dcc.demo.settings("mmdit")).images[0]
+"""
+
+import json
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+# How each pipeline was trained to be called; everything else is the pipeline's own default.
+_SETTINGS = {
+    "mmdit": {"height": 64, "width": 64, "num_inference_steps": 28, "max_sequence_length": 16},
+    "unet": {"height": 64, "width": 64, "num_inference_steps": 50, "guidance_scale": 3.0},
+}
+
+
+def names() -> list[str]:
+    """The pipelines there are."""
+    return list(_SETTINGS)
+
+
+def path(name: str) -> str:
+    """The folder of a pipeline, in the layout of `DiffusionPipeline.save_pretrained`."""
+    if name not in _SETTINGS:
+        raise _error(f"There is no demo pipeline {name!r}; there are: {', '.join(names())}.")
+    folder = _HERE / name
+    if not (folder / "model_index.json").is_file():
+        raise _error(f"The demo pipeline {name!r} is not part of this installation ({folder} is missing).")
+    return str(folder)
+
+
+def settings(name: str) -> dict:
+    """The keyword arguments of a call: 64 x 64 pixels, the steps, the text length or the guidance."""
+    path(name)
+    return dict(_SETTINGS[name])
+
+
+def load(name: str, torch_dtype=None, **kwargs):
+    """The pipeline (float32 unless told otherwise) without progress bar; kwargs go to `from_pretrained`."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(path(name), **kwargs)
+    for part in pipe.components.values():
+        # Not an argument of from_pretrained: its name depends on the version of diffusers.
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, torch_dtype or torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prompts(split: str = "calib") -> list[str]:
+    """32 captions of the kind trained on ("calib") or 64 of combinations never trained on ("test")."""
+    if split not in ("calib", "test"):
+        raise _error(f"There are no prompts {split!r}; there are: calib, test.")
+    return json.loads((_HERE / f"{split}.json").read_text(encoding="utf-8"))
+
+
+def _error(message: str) -> Exception:
+    from dcc.errors import DemoError
+
+    return DemoError(message)

@@ -1,0 +1,57 @@
+"""Every error that dcc raises on purpose. Each message says what is wrong, where, and what to do about it."""
+
+
+class DccError(Exception):
+    """Base of all dcc errors; catching it catches every deliberate refusal."""
+
+
+class CaptureError(DccError):
+    """The denoiser's inputs or its graph cannot be captured."""
+
+
+class SiteError(DccError):
+    """A site name that this denoiser does not have."""
+
+
+class PolicyError(DccError):
+    """An unknown policy, or a parameter that the policy does not take."""
+
+
+class PlanError(DccError):
+    """A plan file or plan value that is malformed, or that belongs to another model or run."""
+
+
+class PromptError(DccError):
+    """Calibration prompts that are missing or of the wrong type."""
+
+
+class PipelineError(DccError):
+    """The object given to dcc is not a pipeline or module that can be compiled in its present state."""
+
+
+class AlreadyCompiledError(PipelineError):
+    """The pipeline or module is already compiled by dcc."""
+
+
+class PeerCacheError(PipelineError):
+    """Another library's cache or patch is active on the denoiser."""
+
+
+class PositionError(DccError):
+    """A denoiser call whose noise level is not among the plan's levels."""
+
+
+class PassError(DccError):
+    """A compiler pass produced or received a graph that breaks the invariants of passes/README.md."""
+
+
+class LoweringError(DccError):
+    """A backend that does not exist, or a variant that no backend could run."""
+
+
+class OptionError(DccError):
+    """A DCC_* environment variable with a bad value."""
+
+
+class DemoError(DccError):
+    """An embedded pipeline, split or option of the demo that does not exist."""

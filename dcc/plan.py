@@ -1,0 +1,211 @@
+"""The plan: which sites are computed or forecast at which step, with which coefficients. A file a person can read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dcc.errors import PlanError
+from dcc.predictors import Predictor
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A static schedule for one denoiser and one list of noise levels.
+
+    `schedule[step][k]` is 1 where the sites of selector `sites[k]` are computed at that step and 0 where they are
+    forecast; `coefficients[step][k]` then weighs their anchors, newest first (empty at computed steps). `levels` are
+    the timestep values the denoiser is called with, in order. FLOPs are those of one whole run of one stream.
+    """
+
+    model: str
+    scheduler: str
+    levels: tuple[float, ...]
+    sites: tuple[str, ...]
+    schedule: tuple[tuple[int, ...], ...]
+    coefficients: tuple[tuple[tuple[float, ...], ...], ...]
+    policy: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    flops: int = 0
+    flops_uncached: int = 0
+    cache_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def steps(self) -> int:
+        """Number of sampler steps."""
+        return len(self.levels)
+
+    @property
+    def anchors(self) -> int:
+        """J: the largest number of anchors that any forecast reads, at least 1."""
+        return max((len(c) for row in self.coefficients for c in row), default=1) or 1
+
+    @property
+    def steps_mask(self) -> list[int]:
+        """1 for a step that computes every site, 0 for one that forecasts some."""
+        return [int(all(row)) for row in self.schedule]
+
+    @property
+    def rows(self) -> list[tuple[int, ...]]:
+        """The distinct rows of the schedule, the all-compute row first: one compiled variant each."""
+        return sorted(set(self.schedule) | {(1,) * len(self.sites)}, reverse=True)
+
+    @property
+    def speedup(self) -> float:
+        """Expected ratio of denoiser FLOPs, uncached over planned; infinite where nothing at all is computed."""
+        if not self.flops_uncached:
+            return self.steps / max(sum(self.steps_mask), 1)
+        return self.flops_uncached / self.flops if self.flops else math.inf
+
+    def anchor_steps(self, step: int, selector: int) -> list[int]:
+        """Steps before `step` at which the selector's sites were computed, newest first, as many as are kept."""
+        return [s for s in range(step - 1, -1, -1) if self.schedule[s][selector]][: self.anchors]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, atomically: `path` holds the old file or the whole new one."""
+        text = json.dumps({"dcc_plan": VERSION, **asdict(self)}, indent=1)
+        part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
+        part.write_text(text)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan that `save` wrote. Raises PlanError, naming the file and the field, for anything else."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise PlanError(f"{path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise PlanError(f"{path}: not a dcc plan, it is not JSON: {error}") from error
+        if not isinstance(data, dict) or "dcc_plan" not in data:
+            raise PlanError(f"{path}: not a dcc plan, the field 'dcc_plan' is missing")
+        if data.pop("dcc_plan") != VERSION:
+            raise PlanError(f"{path}: written by another version of dcc; this one reads plans of version {VERSION}")
+        try:
+            return cls(**{name: _tuples(value) if isinstance(value, list) else value for name, value in data.items()})
+        except (TypeError, PlanError) as error:
+            raise PlanError(f"{path}: {error}") from error
+
+    def __str__(self) -> str:
+        mask = "".join("1" if full else "0" for full in self.steps_mask)
+        parameters = ", ".join(f"{name}={value}" for name, value in self.parameters.items())
+        lines = [
+            f"plan: {self.policy}({parameters})",
+            f"  scheduler   {self.scheduler}, {self.steps} steps, levels {self.levels[0]:.4g} to {self.levels[-1]:.4g}",
+            f"  steps mask  {mask}  ({sum(self.steps_mask)} full steps of {self.steps})",
+        ]
+        for k, site in enumerate(self.sites):
+            lines.append(f"  site        {site}: {''.join(str(row[k]) for row in self.schedule)}")
+        lines.append(
+            f"  expected    {self.speedup:.2f}x fewer FLOPs ({self.flops_uncached / 1e9:.2f} to {self.flops / 1e9:.2f} "
+            f"GFLOP a run and stream), {self.cache_bytes / 2**20:.2f} MiB of anchors, "
+            f"{len(self.rows)} variants"
+        )
+        return "\n".join(lines)
+
+
+def make_plan(
+    *,
+    model: str,
+    scheduler: str,
+    levels: Sequence[float],
+    sites: Sequence[str],
+    schedule: Sequence[Sequence[int]],
+    predictors: Sequence[Predictor],
+    policy: str,
+    parameters: dict[str, Any],
+) -> Plan:
+    """A plan whose coefficients follow from the schedule and one predictor per selector; costs are filled in later.
+
+    Raises PlanError where a site is forecast before it was ever computed.
+    """
+    coefficients = []
+    for step, row in enumerate(schedule):
+        values: list[tuple[float, ...]] = []
+        for k, computed in enumerate(row):
+            anchors = [s for s in range(step - 1, -1, -1) if schedule[s][k]]
+            if not computed and not anchors:
+                raise PlanError(f"step {step} forecasts {sites[k]!r} before any step computed it; compute step 0")
+            values.append(() if computed else tuple(predictors[k].coefficients(step, anchors)))
+        coefficients.append(tuple(values))
+    plain = json.loads(json.dumps(parameters))  # as a file would give them back
+    rows = tuple(tuple(int(bool(v)) for v in row) for row in schedule)
+    return Plan(model, scheduler, tuple(levels), tuple(sites), rows, tuple(coefficients), policy, plain)
+
+
+def with_costs(plan: Plan, flops_of_row: dict[tuple[int, ...], int], anchor_bytes: int) -> Plan:
+    """The plan with its expected cost: FLOPs of a call by row, and the bytes of one anchor of all sites."""
+    full = flops_of_row[(1,) * len(plan.sites)]
+    forecasts = any(not all(row) for row in plan.schedule)
+    return replace(
+        plan,
+        flops=sum(flops_of_row[row] for row in plan.schedule),
+        flops_uncached=full * plan.steps,
+        cache_bytes=anchor_bytes * plan.anchors if forecasts else 0,
+    )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _check(plan: Plan) -> None:
+    def require(condition: bool, field_name: str, problem: str) -> None:
+        if not condition:
+            raise PlanError(f"plan field {field_name!r} {problem}")
+
+    for name in ("model", "scheduler", "policy"):
+        require(isinstance(getattr(plan, name), str), name, "must be a string")
+    for name in ("levels", "sites", "schedule", "coefficients"):
+        require(isinstance(getattr(plan, name), tuple), name, "must be a list")
+    require(isinstance(plan.parameters, dict), "parameters", "must be an object")
+    require(
+        bool(plan.levels) and all(_finite(v) for v in plan.levels), "levels", "must be finite numbers, at least one"
+    )
+    require(bool(plan.sites) and all(isinstance(s, str) for s in plan.sites), "sites", "must be names, at least one")
+    for name in ("flops", "flops_uncached", "cache_bytes"):
+        value = getattr(plan, name)
+        require(isinstance(value, int) and value >= 0, name, "must be a non-negative whole number")
+    steps, width = len(plan.levels), len(plan.sites)
+    for name in ("schedule", "coefficients"):
+        table = getattr(plan, name)
+        require(
+            len(table) == steps and all(isinstance(row, tuple) and len(row) == width for row in table),
+            name,
+            f"must have {steps} rows (one a level) of {width} (one a site)",
+        )
+    require(all(v in (0, 1) for row in plan.schedule for v in row), "schedule", "must hold 0 and 1 only")
+    computed = [0] * width
+    for step, row in enumerate(plan.schedule):
+        for k, full in enumerate(row):
+            values = plan.coefficients[step][k]
+            where = f"at step {step}, site {plan.sites[k]!r}"
+            require(
+                isinstance(values, tuple) and all(_finite(v) for v in values),
+                "coefficients",
+                f"{where} must be finite numbers",
+            )
+            if full:
+                require(not values, "coefficients", f"{where} must be empty, because the step computes")
+                computed[k] += 1
+            else:
+                require(
+                    0 < len(values) <= computed[k],
+                    "coefficients",
+                    f"{where} must be 1 to {computed[k]} numbers, one an anchor",
+                )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -1,0 +1,253 @@
+"""CompiledDenoiser: stands in for the denoiser, picks the variant of each step, and keeps state in sessions."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dcc.capture import Call, Captured, bind, capture
+from dcc.errors import CaptureError, PositionError
+from dcc.lower import Program, Variant, lower
+from dcc.passes.base import Site, anchor_name, write_name
+from dcc.passes.graph import COEFFICIENTS
+from dcc.plan import Plan
+from dcc.proxy import DenoiserProxy
+from dcc.record import Recording
+from dcc.session import Sessions, Stream
+from dcc.summary import Summary
+
+TIME_TOLERANCE = 0.05  # of the smallest gap between two levels
+
+
+@dataclass
+class Family:
+    """One captured signature: its graph, the sites of the plan in it, and a variant per distinct row."""
+
+    captured: Captured
+    selectors: tuple[tuple[Site, ...], ...]
+    variants: dict[tuple[int, ...], Variant]
+    proven: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)  # shapes at which it equals the eager module
+
+
+class CompiledDenoiser(DenoiserProxy):
+    """The drop-in for `pipe.transformer` or `pipe.unet` that `dcc.compile` makes.
+
+    Calls take and return what the original does. `build` makes the Family of a captured graph for a plan; `plan` may
+    be read but not set: compile again for another plan.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        plan: Plan,
+        recording: Recording,
+        build: Callable[[Captured, Plan], Family],
+        backend: str,
+    ) -> None:
+        super().__init__(original)
+        self.__dict__.update(plan=plan, backend=backend, sessions=Sessions(), programs={}, families=[])
+        self.__dict__.update(recording=recording, _build=build, _lock=threading.RLock(), _tables={})
+        self.__dict__.update(
+            _session=ContextVar("session", default=None), _numbers=itertools.count(), capture_seconds=0.0
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = bind(self.original, args, kwargs, self.recording.as_tensors)
+        with torch.no_grad():
+            family = self.family(call)
+            step, key, owners = self._locate(call)
+            stream = self._stream(step, key, owners)
+            row = self._row(family, stream, step)
+            outputs = self.run(family, call, stream, row, step)
+            stream.step = step
+            if step == self.plan.steps - 1:
+                self.sessions.close(key)
+        return pytree.tree_unflatten(outputs, family.captured.out_spec)
+
+    def family(self, call: Call) -> Family:
+        """The captured graph that serves this call; captures a new one for a new signature.
+
+        The first call of every new shape is compared with the eager module: a graph captured at other sizes may have
+        taken a branch that this size would not. Where they differ, the call is captured at its own sizes.
+        """
+        shapes = tuple(tuple(tensor.shape) for tensor in call.tensors)
+        for family in self.families:
+            if shapes in family.proven and family.captured.accepts(call):
+                return family
+        with self._lock:
+            for family in self.families:
+                if family.captured.accepts(call) and family.captured.agrees(self.original, call):
+                    family.proven.add(shapes)
+                    return family
+            captured = capture(self.original, call)
+            captured.varying = self.recording.varying
+            self.families.append(self._build(captured, self.plan))
+            self.families[-1].proven.add(shapes)
+            return self.families[-1]
+
+    def run(self, family: Family, call: Call, stream: Stream, row: tuple[int, ...], step: int) -> list[Tensor]:
+        """Runs one variant: binds its inputs by name, keeps its writes in `stream`, returns the denoiser's outputs."""
+        variant = family.variants[row]
+        if self.backend == "inductor" and family.captured.problem is None:
+            call = call.contiguous()  # only here: the identity of the caller's own tensors tells requests apart
+        values = family.captured.bindings(call)
+        for k, sites in enumerate(family.selectors):
+            for site in sites if not row[k] else ():
+                self._bind_anchors(values, site, stream)
+        if COEFFICIENTS in variant.inputs:
+            values[COEFFICIENTS] = self._coefficients(step, row, call)
+        inputs = [values[name] for name in variant.inputs]
+        outputs = self.program(variant, call, inputs)(inputs)
+        written = dict(zip(variant.writes, outputs[variant.outputs :], strict=True))
+        for k, sites in enumerate(family.selectors):
+            for site in sites if row[k] else ():
+                names = [write_name(site, index) for index in range(len(site.ports))]
+                if all(name in written for name in names):
+                    stream.keep(site.name, step, tuple(written[name] for name in names), self.plan.anchors)
+        if written:
+            self.sessions.weigh()
+        return outputs[: variant.outputs]
+
+    def warm(self, call: Call, say: Callable[[str], None]) -> None:
+        """Lowers and checks every variant on one recorded call, on anchors that the all-compute variant writes."""
+        with torch.no_grad():
+            family = self.family(call)
+            stream = Stream("warm")
+            for index, row in enumerate(self.plan.rows):
+                say(f"lowering variant {index + 1} of {len(self.plan.rows)}")
+                step = self.plan.schedule.index(row) if row in self.plan.schedule else 0
+                self.run(family, call, stream, row, step)
+
+    def program(self, variant: Variant, call: Call, inputs: Sequence[Tensor]) -> Program:
+        """The variant lowered for calls of these shapes; lowers it where it is not yet.
+
+        Shapes of the call decide those of all inputs; one weight stands for the dtype and device of the others.
+        """
+        kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (*call.tensors, *inputs[:1]))
+        key = (id(variant), kinds)
+        if key not in self.programs:
+            with self._lock:
+                if key not in self.programs:
+                    self.programs[key] = lower(variant, inputs, self.backend)
+        return self.programs[key]
+
+    @contextlib.contextmanager
+    def session(self, name: str | None = None) -> Iterator[None]:
+        """Keeps the calls inside apart from all others, for what identity cannot tell apart.
+
+        Needed only to interleave, in one thread, several generations that share the very same prompt tensors. A
+        session with a name may be entered again for its next call; one without is forgotten on leaving.
+        """
+        owner = name if name is not None else f"session-{next(self._numbers)}"
+        token = self._session.set(owner)
+        try:
+            yield
+        finally:
+            self._session.reset(token)
+            if name is None:
+                self.sessions.close_all(owner)
+
+    def summary(self) -> Summary:
+        """What was planned and what really happened so far; prints as a table."""
+        return Summary.of(self)
+
+    def _locate(self, call: Call) -> tuple[int, tuple[Any, ...], tuple[Tensor, ...]]:
+        """The step, the stream's key and the tensors whose identity is part of that key."""
+        by_name = dict(zip(call.names, call.tensors, strict=True))
+        owners = tuple(by_name[name] for name in self.recording.keys if name in by_name)
+        context = self.position
+        key = (
+            self._session.get() or threading.get_ident(),
+            context.name if context else None,
+            *((t.data_ptr(), tuple(t.shape)) for t in owners),
+        )
+        live = self.sessions.find(key)
+        return self._step(by_name, live.step if live else -1), key, owners
+
+    def _step(self, by_name: dict[str, Tensor], last: int) -> int:
+        """The step of a call, from `cache_context` or the timestep value; the first fitting one after `last`."""
+        context, plan = self.position, self.plan
+        if context is not None and context.step_index is not None:
+            if (context.num_inference_steps or plan.steps) != plan.steps or not 0 <= context.step_index < plan.steps:
+                raise PositionError(
+                    f"step {context.step_index} of {context.num_inference_steps} does not fit a plan of {plan.steps} "
+                    f"steps; compile again with num_inference_steps={context.num_inference_steps}"
+                )
+            return context.step_index
+        time = self.recording.time
+        if time is None:
+            raise PositionError(
+                "no input of this denoiser carries the noise level; "
+                "call it inside cache_context(name, step_index=i, num_inference_steps=n)"
+            )
+        values = by_name[time].flatten()
+        value = float(values[0])
+        if values.numel() > 1 and not bool((values == values[0]).all()):
+            raise PositionError(
+                f"input {time!r} holds several noise levels in one batch; a static plan serves samples at one step"
+            )
+        gaps = [abs(a - b) for a, b in itertools.pairwise(plan.levels) if a != b]
+        tolerance = TIME_TOLERANCE * min(gaps, default=max(abs(value), 1.0))
+        fitting = [s for s, level in enumerate(plan.levels) if abs(level - value) <= tolerance]
+        if not fitting:
+            raise PositionError(
+                f"{time}={value:.6g} is not among the plan's {plan.steps} levels ({plan.levels[0]:.6g} to "
+                f"{plan.levels[-1]:.6g}): this run has another step count, schedule or scheduler ({plan.scheduler}) "
+                "than the plan; dcc.restore the pipeline and compile it with this run's num_inference_steps"
+            )
+        return next((s for s in fitting if s > last), fitting[0])
+
+    def _stream(self, step: int, key: tuple[Any, ...], owners: tuple[Tensor, ...]) -> Stream:
+        live = self.sessions.find(key)
+        name = key[1] or "main"
+        return self.sessions.open(key, name, owners, restart=live is not None and step <= live.step)
+
+    def _row(self, family: Family, stream: Stream, step: int) -> tuple[int, ...]:
+        """The plan's row, or the all-compute row where anchors that the plan counts on are not there."""
+        planned = self.plan.schedule[step]
+        full = (1,) * len(planned)
+        for k, computed in enumerate(planned):
+            if not computed:
+                needed = self.plan.anchor_steps(step, k)[: len(self.plan.coefficients[step][k])]
+                if any(stream.steps(site.name)[: len(needed)] != needed for site in family.selectors[k]):
+                    self.sessions.count("missed")
+                    return full
+        self.sessions.count("computed" if planned == full else "forecast")
+        return planned
+
+    def _bind_anchors(self, values: dict[str, Tensor], site: Site, stream: Stream) -> None:
+        """Anchor inputs of a site; where fewer exist than the graph takes, the oldest stands in with coefficient 0."""
+        kept = stream.anchors[site.name]
+        for age in range(self.plan.anchors):
+            _, tensors = kept[min(age, len(kept) - 1)]
+            for index, tensor in enumerate(tensors):
+                values[anchor_name(site, index, age)] = tensor
+
+    def _coefficients(self, step: int, row: tuple[int, ...], call: Call) -> Tensor:
+        """Coefficients [forecast selectors, batch, J] float32 on the call's device, made once per step and batch."""
+        tensor = call.tensors[0]
+        batch = _batch(call, self.recording)
+        key = (step, batch, tensor.device)
+        if key not in self._tables:
+            groups = [self.plan.coefficients[step][k] for k, computed in enumerate(row) if not computed]
+            padded = [[*values, *([0.0] * (self.plan.anchors - len(values)))] for values in groups]
+            table = torch.tensor(padded, dtype=torch.float64).to(torch.float32)
+            self._tables[key] = table[:, None].expand(-1, batch, -1).contiguous().to(tensor.device)
+        return self._tables[key]
+
+
+def _batch(call: Call, recording: Recording) -> int:
+    """First dimension of the sample: the largest tensor that moves from step to step."""
+    moving = [t for n, t in zip(call.names, call.tensors, strict=True) if n in recording.varying and t.dim() > 0]
+    if not moving:
+        raise CaptureError("no input of this denoiser changes from step to step")
+    return max(moving, key=lambda t: t.numel()).shape[0]

@@ -1,0 +1,95 @@
+"""Cache state: one `Stream` per request and denoiser call sequence, found by identity, shared with no other."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+MAX_STREAMS = 64  # abandoned generations beyond this many are forgotten, the oldest first
+
+
+@dataclass
+class Stream:
+    """State of one stream of one request: the last step seen and, per site, the anchors with their steps."""
+
+    name: str
+    owners: tuple[Tensor, ...] = ()  # held so that their addresses, which identify the request, are not given again
+    step: int = -1
+    anchors: dict[str, list[tuple[int, tuple[Tensor, ...]]]] = field(default_factory=dict)
+
+    def keep(self, site: str, step: int, values: tuple[Tensor, ...], limit: int) -> None:
+        """Adds an anchor, newest first, and drops what exceeds `limit`."""
+        self.anchors[site] = [(step, values), *self.anchors.get(site, [])][:limit]
+
+    def steps(self, site: str) -> list[int]:
+        """Steps of the site's anchors, newest first."""
+        return [step for step, _ in self.anchors.get(site, [])]
+
+    def bytes(self) -> int:
+        """Bytes of all anchors held."""
+        return sum(t.numel() * t.element_size() for kept in self.anchors.values() for _, values in kept for t in values)
+
+
+@dataclass
+class Counts:
+    """What really happened, over all sessions: denoiser calls per kind."""
+
+    computed: int = 0
+    forecast: int = 0
+    missed: int = 0  # the plan says forecast, but the anchors it needs were not there
+    sessions: int = 0
+    forgotten: int = 0  # streams dropped because there were more than MAX_STREAMS
+    peak_bytes: int = 0
+
+
+class Sessions:
+    """All live streams of one compiled denoiser. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.streams: OrderedDict[Hashable, Stream] = OrderedDict()
+        self.counts = Counts()
+
+    def open(self, key: Hashable, name: str, owners: Sequence[Tensor], restart: bool) -> Stream:
+        """The stream of this key; a fresh one where there is none or where the run starts over."""
+        with self.lock:
+            if restart:
+                self.streams.pop(key, None)
+            if key not in self.streams:
+                self.streams[key] = Stream(name, tuple(owners))
+                self.counts.sessions += 1
+                while len(self.streams) > MAX_STREAMS:
+                    self.streams.popitem(last=False)
+                    self.counts.forgotten += 1
+            self.streams.move_to_end(key)
+            return self.streams[key]
+
+    def find(self, key: Hashable) -> Stream | None:
+        """The live stream of this key, if any."""
+        with self.lock:
+            return self.streams.get(key)
+
+    def close(self, key: Hashable) -> None:
+        """Forgets a finished stream, and with it its anchors."""
+        with self.lock:
+            self.streams.pop(key, None)
+
+    def close_all(self, owner: Hashable) -> None:
+        """Forgets the streams of an explicit session, finished or not."""
+        with self.lock:
+            for key in [key for key in self.streams if isinstance(key, tuple) and key[0] == owner]:
+                del self.streams[key]
+
+    def count(self, kind: str) -> None:
+        """Adds one call of `kind`: computed, forecast or missed."""
+        with self.lock:
+            setattr(self.counts, kind, getattr(self.counts, kind) + 1)
+
+    def weigh(self) -> None:
+        """Notes the bytes held now; called after anchors were added."""
+        with self.lock:
+            self.counts.peak_bytes = max(self.counts.peak_bytes, sum(s.bytes() for s in self.streams.values()))

@@ -1,0 +1,247 @@
+"""Discovers the sites of a captured denoiser: every value that may be cached, from module paths and data flow alone."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from rich.tree import Tree
+
+from dcc.capture import Call, Captured
+from dcc.errors import SiteError
+from dcc.passes import blocks as block_analysis
+from dcc.passes.base import Port, Site
+from dcc.passes.blocks import Block
+from dcc.passes.costs import Cost, costs
+from dcc.passes.dataflow import Dataflow
+from dcc.passes.graph import output_node
+from dcc.passes.levels import level_cut, levels, skip_cuts
+from dcc.passes.residual_stream import base_of, branches
+from dcc.text import human_bytes, render
+
+RANGE = re.compile(r"^blocks\[(\d+):(\d+)\]$")
+GROUPS = {
+    "blocks": "the residual of each block, one site a block",
+    "branches": "every branch output before its gate",
+    "attn": "every attention branch output before its gate",
+    "mlp": "every MLP branch output before its gate",
+}
+BRANCH_KINDS = {"branches": None, "attn": ("attn", "cross", "attn+mlp"), "mlp": ("mlp",)}
+MIN_CUT = 0.05  # a concatenation that saves less is no skip connection worth a site
+
+
+@dataclass
+class Sites:
+    """The sites of one captured denoiser at one recorded shape, by name; prints as a tree.
+
+    Names: `output` (raw model output), `hidden` (the value behind the last block), `stack` (residual of all blocks),
+    `<list>` (residual of one block list), `<list>.<i>` (residual of a block), `blocks[a:b]` (residual of blocks a to
+    b-1 in execution order), `<block>/attn`, `<block>/cross`, `<block>/mlp` (branch output before its gate), `cut:k`
+    (U-Net: the deep side of the k-th skip connection, 0 the outermost), `level:k` (U-Net: the cheapest cut below
+    resolution level k). Groups of sites: `blocks`, `branches`, `attn`, `mlp`.
+    """
+
+    captured: Captured
+    call: Call
+    flops: int = 0
+    costs: dict[str, Cost] = field(default_factory=dict)
+    named: dict[str, Site] = field(default_factory=dict)
+    order: list[Block] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.named.values())
+
+    def __len__(self) -> int:
+        return len(self.named)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.named
+
+    def __getitem__(self, name: str) -> Site:
+        """The site of this name. Raises SiteError, listing near names, where there is none."""
+        if name not in self.named and (match := RANGE.match(name)):
+            site = self._range(name, int(match[1]), int(match[2]))
+            if site is not None:
+                self.named[name] = site
+        if name not in self.named:
+            near = difflib.get_close_matches(name, [*self.named, *GROUPS], n=4, cutoff=0.5)
+            raise SiteError(
+                f"no site {name!r} in this denoiser; "
+                + (f"did you mean {', '.join(map(repr, near))}? " if near else "")
+                + f"Whole-model sites: {', '.join(n for n in self.named if '.' not in n)}; "
+                f"groups: {', '.join(GROUPS)}; print(dcc.sites(model)) shows all"
+            )
+        return self.named[name]
+
+    def select(self, name: str) -> tuple[Site, ...]:
+        """The sites of a site name or group name. Raises SiteError where there are none."""
+        if name == "blocks":
+            found = tuple(self.named[b.path] for b in self.order if b.path in self.named)
+        elif name in BRANCH_KINDS:
+            kinds = BRANCH_KINDS[name]
+            found = tuple(s for s in self if "/" in s.name and (kinds is None or s.kind in kinds))
+        else:
+            return (self[name],)
+        if not found:
+            raise SiteError(
+                f"this denoiser has no sites in the group {name!r} ({GROUPS[name]}); it has: {', '.join(self.named)}"
+            )
+        return found
+
+    def share(self, site: Site) -> float:
+        """Share of the call's FLOPs that a forecast of the site saves."""
+        return site.flops / self.flops if self.flops else float(site.name == "output")
+
+    @property
+    def default(self) -> str:
+        """The site a policy takes when none is named."""
+        return next(name for name in ("stack", "cut:0", "hidden", "output") if name in self)
+
+    def __str__(self) -> str:
+        return render(self)
+
+    def __rich__(self) -> Tree:
+        root = Tree(f"{self.flops / 1e9:.3f} GFLOP a call, {len(self.named)} sites")
+        parents: dict[str, Tree] = {}
+        for site in self:
+            parent = next((parents[p] for p in sorted(parents, key=len, reverse=True) if _is_child(site.name, p)), root)
+            shapes = " + ".join("x".join(map(str, shape)) for shape in site.shapes)
+            parents[site.name] = parent.add(
+                f"[bold]{site.name}[/]  {site.kind}  {shapes}  {human_bytes(site.bytes)}  "
+                f"{self.share(site):.1%} of FLOPs",
+                highlight=False,
+            )
+        return root
+
+    def _range(self, name: str, start: int, stop: int) -> Site | None:
+        """The residual of blocks start..stop-1; None where the range is empty or too long."""
+        if not 0 <= start < stop <= len(self.order):
+            raise SiteError(f"{name}: this denoiser has blocks 0 to {len(self.order)}; write blocks[a:b] with a < b")
+        return _Finder(self).residual(name, self.order[start:stop])
+
+
+def find_sites(captured: Captured, call: Call) -> Sites:
+    """All sites of `captured`, with shapes, bytes and FLOPs of the concrete `call`."""
+    sites = Sites(captured, call)
+    if not captured.problem:
+        sites.costs = costs(captured.graph_module, captured.inputs_of(call))
+    sites.flops = sum(cost.flops for cost in sites.costs.values())
+    _Finder(sites).find()
+    return sites
+
+
+class _Finder:
+    """The analyses of one graph, run once."""
+
+    def __init__(self, sites: Sites) -> None:
+        self.sites = sites
+        self.graph_module = sites.captured.graph_module
+        self.costs = sites.costs
+        self.flow = Dataflow(self.graph_module)
+        self.numbered = list(block_analysis.numbered_blocks(self.graph_module).values())
+        self.moving = self.flow.depends_on(sites.captured.inputs.values())
+
+    def find(self) -> None:
+        outputs = output_node(self.graph_module).args[0]
+        self.add("output", "output", [Port(node.name) for node in outputs])
+        if self.sites.captured.problem:
+            return
+        self.sites.order = block_analysis.outermost_blocks(self.graph_module, self.costs)
+        self.hidden()
+        if self.sites.order:
+            self.stacks()
+        self.cuts()
+        for block in self.sites.order:
+            self.add_site(self.residual(block.path, [block]))
+            self.branches(block)
+
+    def hidden(self) -> None:
+        """The value behind the last block if all work flows through it, else the narrowest late value it passes."""
+        sample = max(
+            self.sites.captured.inputs.items(), key=lambda item: self.costs[item[1]].bytes * self.varies(item[0])
+        )
+        chain = self.flow.dominators(sample[1])
+        late = [n for n in chain if self.saved([Port(n)]) >= 0.5 * self.sites.flops and self.costs[n].bytes]
+        inside = self.sites.order[-1].nodes if self.sites.order else frozenset()
+        last_block = [name for name in late if name in inside]
+        best = last_block[:1] or sorted(late, key=lambda name: (-self.saved([Port(name)]), self.costs[name].bytes))[:1]
+        if best and best[0] not in {port.out for port in self.sites["output"].ports}:
+            self.add("hidden", "value", [Port(best[0])])
+
+    def varies(self, path: str) -> bool:
+        """Whether an input changes from step to step, as far as the recorded run showed."""
+        return path in self.sites.captured.varying if self.sites.captured.varying else True
+
+    def stacks(self) -> None:
+        order = self.sites.order
+        self.add_site(self.residual("stack", order), residual_only=True)
+        lists = list(dict.fromkeys(block.stack for block in order))
+        if len(lists) > 1:
+            for path in lists:
+                self.add_site(self.residual(path, [b for b in order if b.stack == path]), residual_only=True)
+
+    def cuts(self) -> None:
+        skips = [
+            n for n in skip_cuts(self.graph_module, self.flow) if self.saved([Port(n)]) >= MIN_CUT * self.sites.flops
+        ]
+        for index, name in enumerate(skips):
+            self.add(f"cut:{index}", "cut", [Port(name)])
+        all_levels = levels(self.graph_module, self.costs)
+        for level in range(1, len(all_levels)):
+            names = level_cut(level, all_levels, self.flow, self.costs)
+            if names:
+                self.add(f"level:{level}", "cut", [Port(name) for name in names])
+
+    def residual(self, name: str, consecutive: list[Block]) -> Site | None:
+        inside = block_analysis.region(consecutive)
+        entering = [n for n in block_analysis.entering(self.graph_module, inside) if n.name in self.moving]
+        ports = []
+        for node in block_analysis.leaving(self.graph_module, inside, self.moving):
+            base = base_of(node, entering)
+            ports.append(Port(node.name, base.name if base is not None else None))
+        return self.site(name, "residual" if any(port.base for port in ports) else "value", ports) if ports else None
+
+    def branches(self, block: Block) -> None:
+        """Branches of the block and of the numbered blocks nested in it, named by kind in execution order."""
+        for unit in (b for b in self.numbered if block_analysis.is_inside(b.path, block.path)):
+            inside = set(unit.nodes)
+            stop = {n.name for n in block_analysis.entering(self.graph_module, inside) if n.name in self.moving}
+            found = {}
+            for node in block_analysis.leaving(self.graph_module, inside, self.moving):
+                for branch in branches(node, stop, unit.nodes):
+                    found.setdefault(branch.addition.name, branch)
+            counts: dict[str, int] = {}
+            for branch in found.values():
+                taken = {port.out for site in self.sites for port in site.ports if "/" in site.name}
+                if branch.value.name in taken or branch.value.name not in self.moving:
+                    continue
+                count = counts[branch.kind] = counts.get(branch.kind, 0) + 1
+                label = branch.kind if count == 1 else f"{branch.kind}.{count - 1}"
+                self.add(f"{unit.path}/{label}", branch.kind, [Port(branch.value.name)])
+
+    def saved(self, ports: list[Port]) -> int:
+        return self.sites.flops - self.flow.flops(self.costs, ports)
+
+    def site(self, name: str, kind: str, ports: list[Port]) -> Site:
+        facts = [self.costs.get(port.out, Cost(0, 0, ())) for port in ports]
+        return Site(
+            name,
+            kind,
+            tuple(ports),
+            tuple(fact.shape for fact in facts),
+            sum(fact.bytes for fact in facts),
+            self.saved(ports),
+        )
+
+    def add(self, name: str, kind: str, ports: list[Port]) -> None:
+        self.add_site(self.site(name, kind, ports))
+
+    def add_site(self, site: Site | None, residual_only: bool = False) -> None:
+        if site is not None and not (residual_only and site.kind != "residual"):
+            self.sites.named[site.name] = site
+
+
+def _is_child(name: str, parent: str) -> bool:
+    return "/" not in parent and name != parent and name.startswith((parent + ".", parent + "/"))

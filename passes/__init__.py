@@ -1,0 +1,19 @@
+"""The rewrites that turn a captured denoiser into the variant of one schedule row, in the order they run."""
+
+if __name__ != "dcc.passes":
+    raise ImportError("import dcc.passes; a bare `passes` is not part of dcc's interface")
+
+from dcc.passes.base import Pass
+from dcc.passes.drop_asserts import DropAsserts
+from dcc.passes.drop_dead_nodes import DropDeadNodes
+from dcc.passes.insert_cache_reads import InsertCacheReads
+from dcc.passes.insert_cache_writes import InsertCacheWrites
+from dcc.passes.insert_forecasts import InsertForecasts
+
+PASSES: tuple[Pass, ...] = (
+    DropAsserts(),  # first: an assertion counts as a use and would keep forecast-over work alive
+    InsertCacheWrites(),  # before the reads: a residual's base may itself be replaced by a read
+    InsertCacheReads(),  # every use of a forecast site now reads its anchors
+    InsertForecasts(),  # after all reads stand, so that Inductor sees plain arithmetic only
+    DropDeadNodes(),  # last: what the reads made dead is the work that is saved
+)

@@ -1,0 +1,76 @@
+"""The values that passes exchange: which sites a variant computes, which it forecasts, and what a pass is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+
+@dataclass(frozen=True)
+class Port:
+    """One cached tensor of a site: the node `out`, kept as `out - base` where `base` is named, else as it is."""
+
+    out: str
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A value of the graph that may be cached (DESIGN: site). Pure data, valid for one captured graph.
+
+    `shapes` are those of the recorded call; `bytes` is one anchor of all ports there; `flops` is what one forecast
+    of this site saves in that call.
+    """
+
+    name: str
+    kind: str
+    ports: tuple[Port, ...]
+    shapes: tuple[tuple[int, ...], ...] = ()
+    bytes: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One distinct row of a schedule: its sites are either computed (and written) or forecast from `anchors` values.
+
+    `forecast` groups sites that share coefficients: group k reads row k of the coefficient input.
+    """
+
+    computed: tuple[Site, ...] = ()
+    forecast: tuple[tuple[Site, ...], ...] = ()
+    anchors: int = 1
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite of one graph for one row. A frozen value: options are fields, `apply` is the only verb.
+
+    `name` is the file's stem; `after` names the passes that must have run before; `optional` passes may be skipped
+    without changing what a variant takes and returns. The graph is valid (passes/verify.py) before and after.
+    """
+
+    name: ClassVar[str]
+    after: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[bool] = False
+
+    def apply(self, graph_module: GraphModule, row: Row) -> int:
+        """Edits `graph_module` in place and returns the number of edits."""
+        raise NotImplementedError
+
+
+def anchor_name(site: Site, port: int, age: int) -> str:
+    """Name of the graph input that holds the value of `site`'s `port`, `age` anchors ago (0 is the newest)."""
+    return f"anchor_{identifier(site.name)}_{port}_{age}"
+
+
+def write_name(site: Site, port: int) -> str:
+    """Name of the graph output that carries the fresh value of `site`'s `port`."""
+    return f"write_{identifier(site.name)}_{port}"
+
+
+def identifier(text: str) -> str:
+    """`text` as part of a Python identifier."""
+    return "".join(c if c.isalnum() else "_" for c in text)

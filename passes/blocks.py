@@ -1,0 +1,90 @@
+"""Analysis: the repeated blocks of a denoiser and the values that enter and leave them, from module paths.
+
+A block is a module whose path ends in a number (a ModuleList's child): `transformer_blocks.3`. Outermost blocks
+follow each other in execution order; nothing here knows a model class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from dcc.passes.costs import Cost
+from dcc.passes.graph import is_tensor
+
+NUMBERED = re.compile(r"(?:^|\.)\d+$")
+MIN_SHARE = 0.02  # a stack with less of the FLOPs is an embedder or a head, not a stack of blocks
+
+
+@dataclass(frozen=True)
+class Block:
+    """One numbered module call: its path and the names of its nodes."""
+
+    path: str
+    nodes: frozenset[str]
+
+    @property
+    def stack(self) -> str:
+        """Path of the list that holds the block."""
+        return self.path.rpartition(".")[0]
+
+
+def paths(node: Node) -> list[str]:
+    """Paths of the modules around `node`, outermost first, the denoiser itself ("") left out."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [path.split("@")[0] for path, _ in stack.values() if path]
+
+
+def numbered_blocks(graph_module: GraphModule) -> dict[str, Block]:
+    """Every numbered module at any depth, by path, in execution order."""
+    members: dict[str, set[str]] = {}
+    for node in graph_module.graph.nodes:
+        for path in paths(node):
+            if NUMBERED.search(path):
+                members.setdefault(path, set()).add(node.name)
+    return {path: Block(path, frozenset(names)) for path, names in members.items()}
+
+
+def outermost_blocks(graph_module: GraphModule, costs: Mapping[str, Cost]) -> list[Block]:
+    """Numbered modules that lie in no other one, in execution order, without stacks of under 2% of the FLOPs."""
+    blocks = numbered_blocks(graph_module)
+    outer = [b for b in blocks.values() if not any(is_inside(b.path, other) for other in blocks if other != b.path)]
+    total = sum(cost.flops for cost in costs.values()) or 1
+    weight: dict[str, int] = {}
+    for block in outer:
+        weight[block.stack] = weight.get(block.stack, 0) + sum(costs[name].flops for name in block.nodes)
+    return [block for block in outer if weight[block.stack] >= MIN_SHARE * total]
+
+
+def is_inside(path: str, other: str) -> bool:
+    """Whether the module at `path` is `other` or part of it."""
+    return path == other or path.startswith(other + ".")
+
+
+def region(blocks: Iterable[Block]) -> set[str]:
+    """Names of the nodes of consecutive blocks."""
+    return set().union(*(block.nodes for block in blocks))
+
+
+def leaving(graph_module: GraphModule, inside: set[str], moving: set[str]) -> list[Node]:
+    """Tensors made inside the region, that change from step to step (`moving`), and are used outside of it."""
+    return [
+        node
+        for node in graph_module.graph.nodes
+        if node.name in inside
+        and node.name in moving
+        and is_tensor(node)
+        and any(user.name not in inside for user in node.users)
+    ]
+
+
+def entering(graph_module: GraphModule, inside: set[str]) -> list[Node]:
+    """Tensors made outside the region and used inside of it."""
+    return [
+        node
+        for node in graph_module.graph.nodes
+        if node.name not in inside and is_tensor(node) and any(user.name in inside for user in node.users)
+    ]

@@ -1,0 +1,60 @@
+"""Analysis: what every node costs in one recorded call, in FLOPs and bytes, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one node in one call: multiply-adds counted twice, bytes of its value, and its concrete shape."""
+
+    flops: int
+    bytes: int
+    shape: tuple[int, ...]
+
+
+def costs(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[str, Cost]:
+    """Cost of every node, by name, for concrete `inputs` in placeholder order. Computes on fake tensors only.
+
+    FLOPs are those that torch.utils.flop_counter counts: matrix products, convolutions and attention.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fakes = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in inputs]
+        meter = _Meter(graph_module)
+        meter.run(*fakes)
+    return meter.costs
+
+
+def _attention_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# torch's own table has the GPU kernels only
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+class _Meter(Interpreter):
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__(graph_module, garbage_collect_values=True)
+        self.costs: dict[str, Cost] = {}
+
+    def run_node(self, n: Node) -> Any:
+        if n.op in ("placeholder", "output"):
+            flops, value = 0, super().run_node(n)
+        else:
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+                value = super().run_node(n)
+            flops = counter.get_total_flops()
+        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+        size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+        self.costs[n.name] = Cost(flops, size, shape)
+        return value

@@ -1,0 +1,85 @@
+"""Analysis: the graph as a networkx digraph: what a forecast makes dead, what every path passes, cheapest cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import networkx as nx
+from torch.fx import GraphModule, Node
+
+from dcc.passes.base import Port
+from dcc.passes.costs import Cost
+from dcc.passes.graph import carries_tensors
+
+OUTPUT = "output"
+
+
+class Dataflow:
+    """Data flow of one graph. Nodes of the digraph are node names; the graph's output is `OUTPUT`."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.digraph = nx.DiGraph()
+        self.data = {_name(node) for node in graph_module.graph.nodes if node.op == "output" or carries_tensors(node)}
+        for node in graph_module.graph.nodes:
+            self.digraph.add_node(_name(node))
+            self.digraph.add_edges_from((_name(node), _name(user)) for user in node.users)
+
+    def needed(self, forecast: Iterable[Port] = ()) -> set[str]:
+        """Names of the nodes that still run when the ports' values are forecast instead of computed."""
+        bases = {port.out: port.base for port in forecast}
+        alive: set[str] = set()
+        todo = [OUTPUT]
+        while todo:
+            name = todo.pop()
+            if name in bases:  # not computed: made of its anchors and its base
+                todo.extend([bases[name]] if bases[name] is not None and bases[name] not in alive else [])
+            elif name not in alive:
+                alive.add(name)
+                todo.extend(self.digraph.predecessors(name))
+        return alive
+
+    def flops(self, costs: Mapping[str, Cost], forecast: Iterable[Port] = ()) -> int:
+        """FLOPs of one call in which the ports' values are forecast."""
+        return sum(costs[name].flops for name in self.needed(forecast) if name in costs)
+
+    def depends_on(self, sources: Iterable[str]) -> set[str]:
+        """Names of the nodes that some source reaches, the sources included."""
+        sources = list(sources)
+        return set(sources).union(*(nx.descendants(self.digraph, source) for source in sources))
+
+    def dominators(self, source: str) -> list[str]:
+        """Values that all data from `source` passes on its way out, from the output's side; without both ends.
+
+        Data means tensors: sizes that are read off the source do not count as a path.
+        """
+        dominator = nx.immediate_dominators(self.digraph.subgraph(self.data), source)
+        chain: list[str] = []
+        node = dominator.get(OUTPUT, source)
+        while node != source and node is not None:
+            chain.append(node)
+            node = dominator.get(node)
+        return chain
+
+    def cheapest_cut(self, sources: Iterable[str], sinks: Iterable[str], costs: Mapping[str, Cost]) -> list[str]:
+        """The values of least total bytes that separate `sources` from `sinks`; empty where nothing separates them.
+
+        A minimum vertex cut: each value is an edge whose capacity is its bytes, data flow has no capacity limit, and
+        a value that is no tensor cannot be cut.
+        """
+        split = nx.DiGraph()
+        for name in self.digraph.nodes:
+            size = costs[name].bytes if name in costs else 0
+            split.add_edge((name, 0), (name, 1), **({"capacity": size} if size else {}))
+        for a, b in self.digraph.edges:
+            split.add_edge((a, 1), (b, 0))
+        split.add_edges_from(("source", (name, 0)) for name in sources)
+        split.add_edges_from(((name, 0), "sink") for name in sinks)
+        try:
+            _, (left, _) = nx.minimum_cut(split, "source", "sink")
+        except nx.NetworkXUnbounded:
+            return []
+        return [name for name in self.digraph.nodes if (name, 0) in left and (name, 1) not in left]
+
+
+def _name(node: Node) -> str:
+    return OUTPUT if node.op == "output" else node.name

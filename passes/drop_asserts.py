@@ -1,0 +1,44 @@
+"""Drops assertions on values, dtypes and shapes that the capture recorded.
+
+    x = linear(h); _assert_tensor_metadata(x, dtype=float32); return x    -->    x = linear(h); return x
+
+An assertion counts as a use, so it would keep alive the computation that a forecast replaces. What they guard is
+checked once per call by the signature of the capture instead.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from dcc.passes.base import Pass, Row
+
+ASSERTIONS = frozenset(
+    {
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten._assert_scalar.default,
+        torch.ops.aten._assert_async.msg,
+        torch.ops.aten.sym_constrain_range.default,
+        torch.ops.aten.sym_constrain_range_for_size.default,
+    }
+)
+
+
+def is_assertion(node: Node) -> bool:
+    """Whether `node` only checks something."""
+    return node.op == "call_function" and node.target in ASSERTIONS and not node.users
+
+
+class DropAsserts(Pass):
+    """See the file's docstring. Refuses nothing: a graph without assertions is left as it is."""
+
+    name: ClassVar[str] = "drop_asserts"
+    optional: ClassVar[bool] = True
+
+    def apply(self, graph_module: GraphModule, row: Row) -> int:
+        assertions = [node for node in graph_module.graph.nodes if is_assertion(node)]
+        for node in assertions:
+            graph_module.graph.erase_node(node)
+        return len(assertions)

@@ -1,0 +1,84 @@
+"""The few FX helpers that passes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from dcc.errors import PassError
+
+COEFFICIENTS = "coefficients"
+
+
+def nodes_by_name(graph_module: GraphModule) -> dict[str, Node]:
+    """Nodes of the graph by their name."""
+    return {node.name: node for node in graph_module.graph.nodes}
+
+
+def node_of(nodes: dict[str, Node], name: str, where: str) -> Node:
+    """The node of a site. Raises PassError, naming the pass `where` and the node, where the graph has none."""
+    if name not in nodes:
+        raise PassError(f"{where}: the graph has no node {name!r}; the site belongs to another capture")
+    return nodes[name]
+
+
+def is_tensor(node: Node) -> bool:
+    """Whether `node` is known to carry one tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def carries_tensors(node: Node) -> bool:
+    """Whether `node` carries a tensor or a list of tensors, not a size."""
+    val = node.meta.get("val")
+    return isinstance(val, torch.Tensor) or (isinstance(val, list | tuple) and any(map(torch.is_tensor, val)))
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    """Whether two tensor nodes have the same sizes at capture, and the same dtype.
+
+    Sizes, not symbols: one size may be written as two different expressions. Adds no shape guard.
+    """
+    return sizes(a) == sizes(b) and a.meta["val"].dtype == b.meta["val"].dtype
+
+
+def sizes(node: Node) -> tuple[int, ...]:
+    """Sizes of a tensor node at capture."""
+    return tuple(s if isinstance(s, int) else s.node.hint for s in shape(node))
+
+
+def shape(node: Node) -> tuple[Any, ...]:
+    """Symbolic shape of a tensor node."""
+    return tuple(node.meta["val"].shape)
+
+
+def output_node(graph_module: GraphModule) -> Node:
+    """The graph's output node; its first argument is a flat tuple."""
+    return next(iter(reversed(graph_module.graph.nodes)))
+
+
+def insert_call(graph_module: GraphModule, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+    """A new call at the graph's present insertion point, with `meta["val"]` computed on fake tensors."""
+    node = graph_module.graph.call_function(target, args, kwargs)
+    fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
+    node.meta["val"] = target(*fake_args, **fake_kwargs)
+    return node
+
+
+def add_placeholder(graph_module: GraphModule, name: str, val: torch.Tensor) -> Node:
+    """A new graph input behind the existing ones."""
+    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    first_body = inputs[-1].next if inputs else next(iter(graph_module.graph.nodes))
+    with graph_module.graph.inserting_before(first_body):
+        node = graph_module.graph.placeholder(name)
+    node.meta["val"] = val
+    return node
+
+
+def in_graph_order(graph_module: GraphModule, names: Iterable[str]) -> list[str]:
+    """`names` sorted by where their nodes stand in the graph."""
+    position = {node.name: index for index, node in enumerate(graph_module.graph.nodes)}
+    return sorted(names, key=position.__getitem__)

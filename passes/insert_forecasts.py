@@ -1,0 +1,66 @@
+"""Spells every cache read out as arithmetic, which Inductor fuses with what follows.
+
+    r = combine(c, 0, [A0, A1], True)
+-->
+    rows = select(c, 0, 0); k0, k1 = view(select(rows, 1, 0), [b, 1, 1]), view(select(rows, 1, 1), [b, 1, 1])
+    r = to(add(mul(to(A0, float32), k0), mul(to(A1, float32), k1)), dtype of A0)
+
+Accumulates in float32 whatever the dtype of the anchors (DESIGN contract 3). Leaves other calls alone.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from dcc.kernels import combine
+from dcc.passes.base import Pass, Row
+from dcc.passes.graph import insert_call, shape
+
+aten = torch.ops.aten
+
+
+def is_cache_read(node: Node) -> bool:
+    """Whether `node` is a read that insert_cache_reads left."""
+    return node.op == "call_function" and node.target is combine.reference
+
+
+class InsertForecasts(Pass):
+    """See the file's docstring."""
+
+    name: ClassVar[str] = "insert_forecasts"
+    after: ClassVar[tuple[str, ...]] = ("insert_cache_reads",)
+    optional: ClassVar[bool] = True
+
+    def apply(self, graph_module: GraphModule, row: Row) -> int:
+        reads = [node for node in graph_module.graph.nodes if is_cache_read(node)]
+        for read in reads:
+            with graph_module.graph.inserting_before(read):
+                read.replace_all_uses_with(_spell_out(graph_module, *read.args))
+            graph_module.graph.erase_node(read)
+        return len(reads)
+
+
+def _spell_out(
+    graph_module: GraphModule, coefficients: Node, group: int, anchors: list[Node], per_sample: bool
+) -> Node:
+    def call(target, *args, **kwargs):
+        return insert_call(graph_module, target, *args, **kwargs)
+
+    def as_float32(node: Node) -> Node:
+        if node.meta["val"].dtype == torch.float32:
+            return node
+        return call(aten._to_copy.default, node, dtype=torch.float32)
+
+    rows = call(aten.select.int, coefficients, 0, group)
+    if not per_sample:
+        rows = call(aten.slice.Tensor, rows, 0, 0, 1)
+    total = None
+    for age, anchor in enumerate(anchors):
+        column = call(aten.view.default, call(aten.select.int, rows, 1, age), [-1] + [1] * (len(shape(anchor)) - 1))
+        term = call(aten.mul.Tensor, as_float32(anchor), column)
+        total = term if total is None else call(aten.add.Tensor, total, term)
+    dtype = anchors[0].meta["val"].dtype
+    return total if dtype == torch.float32 else call(aten._to_copy.default, total, dtype=dtype)

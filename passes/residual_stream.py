@@ -1,0 +1,144 @@
+"""Analysis: where a value rides on a residual stream, and the branches that are added to that stream.
+
+    x1 = x0 + gate * attention(norm(x0));  x2 = x1 + gate * mlp(norm(x1))
+
+x2 rides on x0; its branches are attention(...) and mlp(...), taken before their gates. Found by walking back from
+a value through additions and shape changes only.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from dcc.passes.graph import is_tensor, same_shape, shape, sizes
+
+aten = torch.ops.aten
+
+SHAPE_CHANGES = frozenset(
+    {
+        "view", "_unsafe_view", "reshape", "permute", "transpose", "slice", "split", "split_with_sizes", "chunk",
+        "unbind", "cat", "unsqueeze", "squeeze", "clone", "contiguous", "expand", "flatten", "unflatten", "alias",
+        "_to_copy", "to", "dropout", "select", "detach", "type_as", "t",
+    }
+)  # fmt: skip
+SCALAR_SCALES = frozenset({"mul", "div"})
+SUMS = frozenset({"add", "sub"})
+ATTENTION = ("scaled_dot_product", "softmax")
+ACTIVATIONS = ("gelu", "silu", "relu", "sigmoid", "tanh")
+PRODUCTS = ("linear", "addmm", "mm", "matmul", "bmm", "convolution", "conv1d", "conv2d", "conv3d")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A value added to a residual stream: the node before its gate, the addition, and what kind of module made it."""
+
+    value: Node
+    addition: Node
+    kind: str
+
+
+def op_name(node: Node) -> str:
+    """Name of the ATen operator without its overload; "getitem" for an item of a list; else ""."""
+    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[-1]
+    return "getitem" if node.target is operator.getitem else ""
+
+
+def stream_sources(node: Node, stop: set[str]) -> set[str]:
+    """Names in `stop` that `node` is a sum of, through additions and shape changes only."""
+    return {found.name for found in _walk(node, stop) if found.name in stop}
+
+
+def base_of(node: Node, entering: Iterable[Node]) -> Node | None:
+    """The entering value of the same shape that `node` rides on, None where it rides on none."""
+    candidates = {candidate.name: candidate for candidate in entering}
+    sources = stream_sources(node, set(candidates))
+    fitting = [value for name, value in candidates.items() if name in sources and same_shape(value, node)]
+    return fitting[-1] if fitting else None
+
+
+def branches(node: Node, stop: set[str], inside: frozenset[str]) -> list[Branch]:
+    """Branches added between the values in `stop` and `node`, in execution order; `inside` bounds what a branch is."""
+    found = []
+    for addition in _walk(node, stop):
+        if op_name(addition) not in SUMS or len(_tensors(addition)) != 2 or addition.name not in inside:
+            continue
+        left, right = _tensors(addition)
+        on_stream = [bool(stream_sources(side, stop)) for side in (left, right)]
+        if on_stream[0] == on_stream[1]:
+            continue
+        stream, value = (left, right) if on_stream[0] else (right, left)
+        if same_shape(stream, addition) and same_shape(value, addition):
+            ungated = _before_gate(value)
+            found.append(Branch(ungated, addition, _kind(ungated, stream, inside)))
+    return sorted(found, key=lambda branch: branch.addition)
+
+
+def _walk(node: Node, stop: set[str]) -> list[Node]:
+    """Nodes reached from `node` backwards along the stream, `stop` nodes included but not passed."""
+    seen: dict[str, Node] = {}
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        if current.name in seen:
+            continue
+        seen[current.name] = current
+        if current.name in stop:
+            continue
+        name = op_name(current)
+        tensors = _tensors(current)
+        if name in SUMS or name in SHAPE_CHANGES or name == "getitem" or (name in SCALAR_SCALES and len(tensors) == 1):
+            todo.extend(tensors)
+    return list(seen.values())
+
+
+def _tensors(node: Node) -> list[Node]:
+    return [arg for arg in node.all_input_nodes if is_tensor(arg) or isinstance(arg.meta.get("val"), (list, tuple))]
+
+
+def _before_gate(value: Node) -> Node:
+    """Strips `gate * value` where the gate is broadcast over the value, and dropout."""
+    name, tensors = op_name(value), _tensors(value)
+    if name == "dropout" or (name in ("to", "_to_copy") and len(tensors) == 1):
+        return _before_gate(tensors[0])
+    if name == "mul" and len(tensors) == 2:
+        full = [tensor for tensor in tensors if is_tensor(tensor) and sizes(tensor) == sizes(value)]
+        if len(full) == 1:
+            return _before_gate(full[0])
+    return value
+
+
+def _kind(value: Node, stream: Node, inside: frozenset[str]) -> str:
+    """What made a branch, by the operators between the stream and the value.
+
+    attn, cross (its keys do not come from the stream), attn+mlp (both side by side), mlp, conv or other.
+    """
+    made_by = _between(value, stream, inside)
+    names = {op_name(node) for node in made_by}
+    attentions = [node for node in made_by if op_name(node).startswith("scaled_dot_product")]
+    if attentions or any(name.lstrip("_").startswith(ATTENTION) for name in names):
+        if attentions and not any(stream in _between(node.args[1], stream, inside) for node in attentions):
+            return "cross"
+        wide = any(op_name(n) in ACTIVATIONS and is_tensor(n) and len(shape(n)) == len(shape(stream)) for n in made_by)
+        return "attn+mlp" if wide else "attn"
+    if any(name.startswith("conv") for name in names):
+        return "conv"
+    return "mlp" if names.intersection(PRODUCTS) else "other"
+
+
+def _between(value: Node, stream: Node, inside: frozenset[str]) -> set[Node]:
+    """Nodes that `value` is made of, back to the stream (included where it is reached) and to the block's inputs."""
+    todo, seen = [value], set()
+    while todo:
+        node = todo.pop()
+        if node in seen or (node is not stream and node.name not in inside):
+            continue
+        seen.add(node)
+        if node is not stream:
+            todo.extend(node.all_input_nodes)
+    return seen

@@ -1,0 +1,147 @@
+"""The lowered path: one region per call, no Dynamo, nothing compiled twice, numbers checked, fallbacks recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+import dcc
+from dcc.capture import bind, capture
+from dcc.lower import Variant, lower
+
+from .denoisers import CASES
+
+STEPS = 6
+FLUX = next(case for case in CASES if case.name == "flux")
+
+
+def sample(net: torch.nn.Module, prompt: int, seed: int = 0) -> torch.Tensor:
+    """One run: the output is fed back into the sample."""
+    kwargs = FLUX.inputs(batch=2, seed=prompt)
+    kwargs["hidden_states"] = torch.randn(kwargs["hidden_states"].shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for step in range(STEPS):
+            kwargs["timestep"] = torch.full((2,), 1.0 - step / STEPS)
+            kwargs["hidden_states"] = kwargs["hidden_states"] - net(**kwargs)[0] / STEPS
+    return kwargs["hidden_states"]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> tuple[dcc.CompiledDenoiser, list[int], torch.nn.Module]:
+    """A denoiser compiled with Inductor, and the number of nodes of every graph that was handed to Inductor."""
+    handed, original = [], torch._inductor.compile
+
+    def counting(graph_module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        handed.append(len(graph_module.graph.nodes))
+        return original(graph_module, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._inductor, "compile", counting)
+        net = FLUX.build()
+        yield dcc.compile(net, [0], sample=sample, policy="taylorseer", interval=3, first=2), handed, net
+
+
+@pytest.mark.slow
+def test_every_variant_is_one_region_and_nothing_is_compiled_twice(compiled: Any) -> None:
+    net, handed, _ = compiled
+    assert len(handed) == len(net.plan.rows) == 2
+    assert handed[1] < handed[0] / 4  # the forecast variant is what is left of the graph
+    counters.clear()
+    for prompt, seed in ((0, 0), (0, 1), (5, 2), (7, 3)):
+        sample(net, prompt, seed)
+    assert len(handed) == 2  # second image, another prompt, another seed: nothing was lowered again
+    assert sum(counters["graph_break"].values()) == 0
+    assert sum(counters["frames"].values()) == 0  # Dynamo is not on the path at all
+    summary = net.summary()
+    assert (summary.programs, summary.captures, summary.problems) == (2, 1, ())
+    assert summary.forecast == 4 * 3 and summary.computed == 4 * 3
+
+
+@pytest.mark.slow
+def test_lowered_numbers_agree_with_the_eager_graphs(compiled: Any) -> None:
+    net, _, original = compiled
+    eager = dcc.compile(original, [0], sample=sample, plan=net.plan, backend="eager")
+    assert torch.allclose(sample(net, 3), sample(eager, 3), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(sample(net, 3), sample(original, 3), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_new_shape_is_lowered_once_and_not_captured_again(compiled: Any) -> None:
+    net, handed, _ = compiled
+    before = len(handed)
+    kwargs = FLUX.inputs(batch=3, seed=1)
+    with torch.no_grad():
+        for _ in range(2):
+            net(**{**kwargs, "timestep": torch.ones(3)})
+    assert len(handed) == before + 1
+    assert net.summary().captures == 1
+
+
+def test_each_variant_is_one_graph_for_dynamo_too() -> None:
+    net = dcc.compile(FLUX.build(), [0], sample=sample, policy="interval", interval=2, backend="eager")
+    seen: list[tuple[Variant, list[torch.Tensor]]] = []
+    program = type(net).program
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(net), "program", lambda s, v, c, i: seen.append((v, list(i))) or program(s, v, c, i))
+        sample(net, 0)
+    for variant, inputs in {variant.name: (variant, inputs) for variant, inputs in seen}.values():
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        with torch.no_grad():
+            torch.compile(variant.graph_module, backend=counter, fullgraph=True, dynamic=False)(*inputs)
+        assert counter.frame_count == 1
+    assert len({variant.name for variant, _ in seen}) == 2
+
+
+def test_a_prompt_that_is_no_dense_tensor_is_still_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph_module, fakes: graph_module)
+    prompt = FLUX.inputs(batch=2)["encoder_hidden_states"].mT.contiguous().mT
+
+    def run(net: torch.nn.Module, _: int) -> None:
+        kwargs = FLUX.inputs(batch=2) | {"encoder_hidden_states": prompt}
+        for step in range(STEPS):
+            kwargs["timestep"] = torch.full((2,), 1.0 - step / STEPS)
+            kwargs["hidden_states"] = kwargs["hidden_states"] - net(**kwargs)[0] / STEPS
+
+    net = dcc.compile(FLUX.build(), [0], sample=run, policy="interval", interval=3)
+    assert not prompt.is_contiguous()
+    run(net, 0)
+    summary = net.summary()
+    assert (summary.computed, summary.forecast, summary.missed, summary.sessions) == (2, 4, 0, 1)
+
+
+class Square(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x
+
+
+def square() -> tuple[Variant, list[torch.Tensor]]:
+    x = torch.randn(2, 5)
+    module = Square()
+    captured = capture(module, bind(module, (x,), {}, frozenset()))
+    return Variant("square", captured.graph_module, tuple(captured.inputs.values()), 1), [x]
+
+
+def test_a_wrong_lowering_never_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant, inputs = square()
+    monkeypatch.setattr(torch._inductor, "compile", lambda gm, fakes: lambda x: (x * x * 1.01,))
+    program = lower(variant, inputs, "inductor")
+    for _ in range(2):
+        assert torch.equal(program(inputs)[0], inputs[0] * inputs[0])
+    assert program.backend == "eager" and "differs from eager by 1.0e-02" in program.problem
+
+
+def test_a_failing_lowering_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no compiler here")
+
+    variant, inputs = square()
+    monkeypatch.setattr(torch._inductor, "compile", fail)
+    program = lower(variant, inputs, "inductor")
+    assert torch.equal(program(inputs)[0], inputs[0] * inputs[0])
+    assert program.backend == "eager" and "no compiler here" in program.problem

@@ -1,0 +1,117 @@
+"""Masks of the policies, written out by hand, and what they refuse."""
+
+import pytest
+
+from dcc.errors import PolicyError
+from dcc.policies import POLICIES, make_policy, parameter_names
+from dcc.predictors import Predictor
+
+
+def mask(text):
+    return tuple(int(character) for character in text)
+
+
+@pytest.mark.parametrize(
+    ("steps", "parameters", "expected"),
+    [
+        (10, {}, "1001001001"),
+        (6, {"interval": 1}, "111111"),
+        (7, {"interval": 2}, "1010101"),
+        (9, {"interval": 4}, "100010001"),
+        (3, {"interval": 10}, "100"),
+        (1, {}, "1"),
+    ],
+)
+def test_interval(steps, parameters, expected):
+    policy = make_policy("interval", steps, parameters)
+    assert policy.mask == mask(expected)
+    assert policy.predictor == Predictor("copy")
+    assert policy.site == "auto"
+
+
+@pytest.mark.parametrize(
+    ("steps", "parameters", "expected"),
+    [
+        (15, {}, "111000010000100"),
+        (10, {"interval": 1}, "1111111111"),
+        (10, {"interval": 3, "first": 1}, "1001001001"),
+        (10, {"interval": 3, "first": 2}, "1100100100"),
+        (10, {"interval": 4, "first": 4}, "1111000100"),
+        (4, {"first": 9}, "1111"),
+        (1, {}, "1"),
+    ],
+)
+def test_taylorseer(steps, parameters, expected):
+    policy = make_policy("taylorseer", steps, parameters)
+    assert policy.mask == mask(expected)
+    assert policy.predictor == Predictor("taylor", 1)
+
+
+def test_taylorseer_order_and_site():
+    policy = make_policy("taylorseer", 9, {"order": 3, "site": "branches"})
+    assert policy.predictor == Predictor("taylor", 3)
+    assert policy.site == "branches"
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_never_forecasts_the_first_step(name):
+    for steps in range(1, 20):
+        assert make_policy(name, steps, {}).mask[0] == 1
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_interval_one_is_all_compute(name):
+    assert set(make_policy(name, 12, {"interval": 1}).mask) == {1}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("given", [[1, 0, 0, 1], (1, 0, 0, 1), [True, False, False, True]], ids=str)
+def test_steps_mask_is_taken_as_it_is(name, given):
+    policy = make_policy(name, 4, {"steps_mask": given, "interval": 2})
+    assert policy.mask == (1, 0, 0, 1)
+    assert all(type(value) is int for value in policy.mask)
+
+
+@pytest.mark.parametrize(
+    "given", [[1, 0, 0], [1, 0, 0, 1, 1], [], [1, 2, 0, 1], [1, -1, 0, 1], "1001", [1, None, 0, 1], 7], ids=str
+)
+def test_steps_mask_of_wrong_length_or_values(given):
+    with pytest.raises(PolicyError, match="steps_mask must be 4 numbers"):
+        make_policy("interval", 4, {"steps_mask": given})
+
+
+def test_steps_mask_must_begin_with_one():
+    with pytest.raises(PolicyError, match="steps_mask must begin with 1"):
+        make_policy("taylorseer", 3, {"steps_mask": [0, 1, 1]})
+
+
+@pytest.mark.parametrize("value", [0, -2, 2.5, "3", None])
+def test_bad_interval(value):
+    with pytest.raises(PolicyError, match="interval="):
+        make_policy("interval", 10, {"interval": value})
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_bad_first(value):
+    with pytest.raises(PolicyError, match="first="):
+        make_policy("taylorseer", 10, {"first": value})
+
+
+def test_bad_order_names_the_range():
+    with pytest.raises(PolicyError, match=r"order=9.*from 1 to 4"):
+        make_policy("taylorseer", 10, {"order": 9})
+
+
+def test_unknown_policy_lists_the_known_ones():
+    with pytest.raises(PolicyError, match=r"'magic'.*interval, taylorseer"):
+        make_policy("magic", 10, {})
+
+
+def test_unknown_parameters_list_those_of_this_policy():
+    with pytest.raises(PolicyError, match="'interval' takes no parameter 'order', 'colour'; it takes: ") as caught:
+        make_policy("interval", 10, {"order": 1, "interval": 2, "colour": 3})
+    assert str(caught.value).endswith("it takes: interval, site, steps_mask")
+
+
+def test_parameter_names():
+    assert parameter_names("taylorseer") == ["interval", "order", "first", "site", "steps_mask"]
