@@ -51,7 +51,7 @@ def main():
     arguments.add_argument("--pairs", type=float, default=0.4, help="share of two-object scenes")
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--fresh", action="store_true", help="ignore the checkpoint")
-    arguments.add_argument("--begin-with", type=Path, help="a saved pipeline whose weights to start from")
+    arguments.add_argument("--begin-with", type=Path, nargs="*", default=[], help="folders of weights to start from")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

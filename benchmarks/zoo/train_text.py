@@ -1,4 +1,4 @@
-"""Teaches the text encoders of a saved pipeline to read, before they are trained along with the denoiser.
+"""Teaches the text encoders of "mmdit" to read, before they are trained along with its transformer.
 
 Under the state of every token, linear probes must say which background there is, and, for the words of an object, its
 shape, colour, size and where in the picture it stands: which words belong together, and what their order means. Drawn
@@ -90,20 +90,22 @@ class Probes(nn.Module):
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("pipeline", type=Path, help="a saved mmdit pipeline; written to OUT/read")
-    arguments.add_argument("--out", type=Path, default=Path("runs/zoo"))
-    arguments.add_argument("--steps", type=int, default=3000)
+    arguments.add_argument("--out", type=Path, default=Path("runs/zoo"), help="written to OUT/read")
+    arguments.add_argument("--steps", type=int, default=1500)
     arguments.add_argument("--batch", type=int, default=128)
     arguments.add_argument("--rate", type=float, default=1e-3)
     arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--begin-with", type=Path, help="a saved pipeline whose text encoders to start from")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     quiet()
     rng = random.Random(5)
     tokenizer = models.tokenizer()
-    t5 = T5EncoderModel.from_pretrained(options.pipeline / "text_encoder_2").float()
-    clip = CLIPTextModel.from_pretrained(options.pipeline / "text_encoder").float()
+    t5, clip = models.t5(), models.clip(1)
+    if options.begin_with:
+        t5 = T5EncoderModel.from_pretrained(options.begin_with / "text_encoder_2").float()
+        clip = CLIPTextModel.from_pretrained(options.begin_with / "text_encoder").float()
     counts = [len(scenes.BACKGROUNDS), *[len(names) for names in FIELDS.values()]]
     of_tokens = Probes(models.T5_WIDTH, counts)
     pair = [len(scenes.SHAPES), len(scenes.COLOURS)]

@@ -102,13 +102,15 @@ class Trainer:
         self.file = self.out / f"{name}.pt"
         if self.file.exists() and not options.fresh:
             self.resume()
-        elif options.begin_with:
-            self.begin_with(options.begin_with)
+        else:
+            for folder in options.begin_with:
+                self.begin_with(folder)
 
     def begin_with(self, folder):
-        """The weights of a saved pipeline, without its optimizer's state."""
+        """The weights of those parts that a folder holds, without their optimizer's state."""
         for key, module in self.modules.items():
-            module.load_state_dict(type(module).from_pretrained(Path(folder) / key).float().state_dict())
+            if (folder / key).exists():
+                module.load_state_dict(type(module).from_pretrained(folder / key).float().state_dict())
         self.mean = [w.detach().clone() for w in self.weights]
 
     def resume(self):
