@@ -10,10 +10,12 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dcc.errors import AlreadyCompiledError, PeerCacheError, PipelineError, PromptError
 from dcc.proxy import DenoiserProxy
@@ -21,6 +23,29 @@ from dcc.record import Recorder, StopAfterFirstCall
 
 DENOISER_NAMES = ("transformer", "unet")
 PEER_MARKS = ("_is_cached", "is_cache_enabled", "enable_teacache")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Final samples of n prompts, float32 on the CPU.
+
+    `images` [n, ...] is what the caller gets, e.g. pixels in [0, 1]; `raw` the same before the final clamp (equal to
+    `images` where the loop does not show it); `state` [n, ...] the sampler's last state, None where it is not shown.
+    """
+
+    images: Tensor
+    raw: Tensor
+    state: Tensor | None = None
+
+    @staticmethod
+    def concatenate(parts: Sequence[Samples]) -> Samples:
+        """The samples of several batches as one."""
+        states = [part.state for part in parts if part.state is not None]
+        return Samples(
+            torch.cat([part.images for part in parts]),
+            torch.cat([part.raw for part in parts]),
+            torch.cat(states) if len(states) == len(parts) else None,
+        )
 
 
 class PipelineTarget:
@@ -40,7 +65,30 @@ class PipelineTarget:
 
     def sample(self, prompts: Sequence[Any]) -> None:
         """One sampling run; several prompts make a batch. Decoding is left out where the pipeline can."""
-        kwargs = {"output_type": "latent", "generator": torch.Generator("cpu").manual_seed(0)} | self.call_kwargs
+        self._run(prompts, {"output_type": "latent", "generator": torch.Generator("cpu").manual_seed(0)})
+
+    def generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Samples:
+        """The final samples of a batch of prompts; the noise of prompt i comes from seeds[i] alone."""
+        seen: dict[str, Tensor] = {}
+
+        def step_end(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            seen.update({name: value for name, value in values.items() if name == "latents"})
+            return values
+
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        with self._watch_decoded(seen):
+            result = self._run(
+                prompts, {"output_type": "pt", "generator": generators, "callback_on_step_end": step_end}
+            )
+        images = _as_batch(result[0])
+        raw = (seen["decoded"].detach().float().cpu() / 2 + 0.5) if "decoded" in seen else images
+        raw = raw.reshape(images.shape) if raw.numel() == images.numel() else images
+        state = seen["latents"].detach().float().cpu() if "latents" in seen else None
+        return Samples(images, raw, state if state is not None and len(state) == len(images) else None)
+
+    def _run(self, prompts: Sequence[Any], defaults: dict[str, Any]) -> Any:
+        """Calls the pipeline on one prompt or a batch, without its progress bar; returns its outputs as a tuple."""
+        kwargs = defaults | self.call_kwargs | {"return_dict": False}
         accepted = inspect.signature(self.pipe.__call__).parameters
         kwargs = {name: value for name, value in kwargs.items() if name in accepted}
         prompt: Any = prompts[0]
@@ -51,9 +99,31 @@ class PipelineTarget:
         bar = dict(getattr(self.pipe, "_progress_bar_config", {}))
         self.pipe.set_progress_bar_config(disable=True)
         try:
-            self.pipe(prompt, **kwargs)
+            return self.pipe(prompt, **kwargs)
         finally:
             self.pipe.set_progress_bar_config(**bar)
+
+    @contextlib.contextmanager
+    def _watch_decoded(self, seen: dict[str, Tensor]) -> Iterator[None]:
+        """Keeps what the autoencoder decoded, in [-1, 1] but not clamped yet, as seen["decoded"]."""
+        watched = []
+        for owner, name in (("image_processor", "postprocess"), ("video_processor", "postprocess_video")):
+            processor = getattr(self.pipe, owner, None)
+            original = getattr(processor, name, None)
+            if original is None:
+                continue
+
+            def watching(decoded: Tensor, *args: Any, _original: Any = original, **kwargs: Any) -> Any:
+                seen["decoded"] = decoded
+                return _original(decoded, *args, **kwargs)
+
+            setattr(processor, name, watching)
+            watched.append((processor, name))
+        try:
+            yield
+        finally:
+            for processor, name in watched:
+                delattr(processor, name)
 
     def install(self, module: nn.Module) -> Any:
         """Puts `module` in the denoiser's place, the pipeline's configuration left as it is; returns the pipeline."""
@@ -77,6 +147,22 @@ class ModuleTarget:
         """One run of the caller's loop, for the first prompt."""
         self._sample(self._current, prompts[0])
 
+    def generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Samples:
+        """The final samples of the caller's loop, run once a prompt with torch's global generator at seeds[i].
+
+        Raises PipelineError where the loop returns nothing.
+        """
+        results = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(seed)
+                result = self._sample(self._current, prompt)
+            if result is None:
+                raise PipelineError("sample=fn must return the final sample (tensor, array or image); it returned None")
+            results.append(_as_batch(result))
+        images = torch.cat(results)
+        return Samples(images, images)
+
     def install(self, module: nn.Module) -> Any:
         """Makes `module` what `sample` runs; returns it."""
         self._current = module
@@ -84,6 +170,17 @@ class ModuleTarget:
 
 
 Target = PipelineTarget | ModuleTarget
+
+
+def _as_batch(result: Any) -> Tensor:
+    """A final sample as float32 [n, ...] on the CPU; a single image, or a sample without batch, becomes n = 1."""
+    if isinstance(result, (list, tuple)):
+        return torch.cat([_as_batch(item) for item in result])
+    if not isinstance(result, Tensor):
+        array = np.asarray(result)  # PIL images too
+        result = torch.from_numpy(array / 255.0 if array.dtype == np.uint8 else array)
+    result = result.detach().float().cpu()
+    return result if result.dim() >= 4 else result[None]
 
 
 def is_pipeline(model: Any) -> bool:

@@ -73,6 +73,14 @@ class CompiledDenoiser(DenoiserProxy):
                 self.sessions.close(key)
         return pytree.tree_unflatten(outputs, family.captured.out_spec)
 
+    def with_plan(self, plan: Plan, backend: str | None = None) -> CompiledDenoiser:
+        """The same capture and recording with another plan; state, programs and counters are its own."""
+        net = type(self)(self.original, plan, self.recording, self._build, backend or self.backend)
+        for family in self.families:
+            net.families.append(self._build(family.captured, plan))
+            net.families[-1].proven |= family.proven  # else its shapes are compared with the eager module once more
+        return net
+
     def family(self, call: Call) -> Family:
         """The captured graph that serves this call; captures a new one for a new signature.
 
