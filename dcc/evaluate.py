@@ -10,25 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from dcc.errors import PromptError
-
-
-def psnr(images: Tensor, reference: Tensor, data_range: float = 1.0) -> list[float]:
-    """Peak signal-to-noise ratio of each image in dB; infinite where it equals its reference.
-
-    Both are float tensors [n, 3, h, w] with values from 0 to `data_range`.
-    """
-    _check_pair(images, reference)
-    return peak_signal_noise_ratio(images, reference, data_range=data_range, dim=(1, 2, 3), reduction="none").tolist()
-
-
-def ssim(images: Tensor, reference: Tensor, data_range: float = 1.0) -> list[float]:
-    """Structural similarity of each image, 1 where it equals its reference; shapes and ranges as in `psnr`."""
-    _check_pair(images, reference)
-    values = structural_similarity_index_measure(images, reference, data_range=data_range, reduction="none")
-    return torch.as_tensor(values).reshape(-1).tolist()
+from dcc.quality import psnr, ssim
 
 
 @dataclass(frozen=True)
@@ -109,12 +93,3 @@ def _timing(runs: Sequence[tuple[Tensor, float]]) -> Timing:
 def _check_prompts(prompts: Sequence[str]) -> None:
     if isinstance(prompts, str) or not prompts:
         raise PromptError(f"prompts must be a list of at least one string, e.g. ['a red circle']; got {prompts!r}")
-
-
-def _check_pair(images: Tensor, reference: Tensor) -> None:
-    if images.shape != reference.shape or images.dim() != 4:
-        raise ValueError(
-            f"images {list(images.shape)} and reference {list(reference.shape)} must have one shape [n, 3, h, w]"
-        )
-    if not (images.is_floating_point() and reference.is_floating_point()):
-        raise ValueError(f"images ({images.dtype}) and reference ({reference.dtype}) must be float tensors in [0, 1]")
