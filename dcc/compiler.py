@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule
 
-from dcc.capture import Call, Captured, capture
+from dcc.build import build, cost
+from dcc.capture import Call, capture
 from dcc.errors import LoweringError, PlanError, PolicyError
 from dcc.fingerprint import fingerprint
-from dcc.lower import BACKENDS, Variant
+from dcc.lower import BACKENDS
 from dcc.observe import Observer
-from dcc.passes.base import Row
-from dcc.passes.dataflow import Dataflow
-from dcc.passes.graph import output_node
 from dcc.pipeline import (
     Target,
     call_parameters,
@@ -27,20 +24,31 @@ from dcc.pipeline import (
     recording,
     restore_target,
 )
-from dcc.plan import Plan, make_plan, with_costs
-from dcc.policies import DEFAULT_POLICY, DEFAULT_SITE, make_policy, parameter_names
+from dcc.plan import Plan, make_plan
+from dcc.planning import DEFAULT_EFFORT, Subject, goal_of, plan_within
+from dcc.policies import DEFAULT_SITE, make_policy, parameter_names
 from dcc.record import Recording
-from dcc.runtime import CompiledDenoiser, Family
+from dcc.runtime import CompiledDenoiser
 from dcc.sites import Sites, find_sites
+
+if TYPE_CHECKING:
+    from dcc.profile import Profile
 
 
 def compile(
     model: Any,
     calib_prompts: Sequence[Any],
     *,
+    speedup: float | None = None,
+    quality: float | None = None,
+    latency: float | None = None,
+    cache_bytes: int | None = None,
+    effort: str = DEFAULT_EFFORT,
     policy: str | None = None,
     plan: Plan | None = None,
     sample: Callable[[nn.Module, Any], Any] | None = None,
+    data_range: float | None = None,
+    seed: int = 0,
     backend: str = "inductor",
     progress: Callable[[str], None] | None = None,
     **parameters: Any,
@@ -50,10 +58,20 @@ def compile(
     Args:
         model: a DiffusionPipeline (returned itself, its denoiser replaced), or an nn.Module (a CompiledDenoiser is
             returned).
-        calib_prompts: prompts like those to be served; one run of the first is recorded.
-        policy: a name of `dcc.policies.POLICIES`; "taylorseer" where neither policy nor plan is given.
-        plan: a Plan, instead of a policy.
-        sample: for a bare module: sample(net, prompt) runs one full sampling loop with `net`.
+        calib_prompts: prompts like those to be served. A policy or a plan needs one, a budget at least four, of which
+            a fifth (two or more) are held back for the quality that the plan reports.
+        speedup: search the best plan with at least this ratio of denoiser FLOPs over a whole run, uncached to cached.
+        quality: search the fastest plan whose final samples reach this PSNR in dB to the uncached ones; 35 where no
+            budget, policy or plan is given.
+        latency: search the best plan of at most this many milliseconds a run, measured on this machine.
+        cache_bytes: limit of the anchors' bytes of one stream; combines with the others.
+        effort: "fast", "normal" or "thorough": about 24, 90 or 300 cached runs of the calibration prompts.
+        policy: a name of `dcc.policies.POLICIES`, instead of a budget.
+        plan: a Plan, instead of a policy or a budget.
+        sample: for a bare module: sample(net, prompt) runs one full sampling loop with `net`; it returns the final
+            sample (tensor, array or image) where a budget is given.
+        data_range: of the final samples, for PSNR; 1 for a pipeline's pixels, else the range of the uncached samples.
+        seed: of the search and of the first prompt's noise.
         backend: "inductor" or "eager".
         progress: called with one line before each stage.
         parameters: parameters of the policy (interval, order, site, steps_mask, ...) and arguments of the pipeline's
@@ -63,7 +81,8 @@ def compile(
     """
     say = progress or (lambda line: None)
     start = time.perf_counter()
-    policy_kwargs, call_kwargs = _split(model, policy, plan, backend, parameters)
+    budgets = {"speedup": speedup, "quality": quality, "latency": latency, "cache_bytes": cache_bytes}
+    policy_kwargs, call_kwargs = _split(model, policy, plan, backend, budgets, parameters)
     target = make_target(model, sample, call_kwargs)
     prompts = check_prompts(calib_prompts, text=not isinstance(model, nn.Module))
 
@@ -79,8 +98,13 @@ def compile(
     # every value that may be cached, with what it costs and saves
     sites = find_sites(captured, run.first)
 
-    # which of them to compute or forecast at which step
-    plan = plan or plan_for(policy or DEFAULT_POLICY, policy_kwargs, sites, run, target)
+    # which of them to compute or forecast at which step: given, a published policy, or searched within a budget
+    if plan is None and policy is not None:
+        plan = plan_for(policy, policy_kwargs, sites, run, target)
+    if plan is None:
+        goal = goal_of(speedup, quality, latency, cache_bytes)
+        subject = Subject(target, run, captured, sites, backend)
+        plan = plan_within(subject, goal, prompts, effort=effort, seed=seed, data_range=data_range, progress=say)
     check_plan(plan, run, target)
     plan = cost(plan, sites)
 
@@ -127,55 +151,6 @@ def plan_for(name: str, kwargs: dict[str, Any], sites: Sites, run: Recording, ta
         policy=name,
         parameters=kwargs,
     )
-
-
-def cost(plan: Plan, sites: Sites) -> Plan:
-    """The plan with its expected FLOPs and cache bytes at the recorded shapes."""
-    selected = [sites.select(name) for name in plan.sites]
-    for row in plan.rows:
-        owner: dict[str, str] = {}
-        for k, name in enumerate(plan.sites):
-            for out in () if row[k] else [port.out for site in selected[k] for port in site.ports]:
-                if owner.setdefault(out, name) != name:
-                    raise PlanError(
-                        f"a step forecasts both {owner[out]!r} and {name!r}, which are one value; choose one"
-                    )
-    flow = Dataflow(sites.captured.graph_module)
-    flops = {
-        row: flow.flops(
-            sites.costs, [p for k, full in enumerate(row) if not full for s in selected[k] for p in s.ports]
-        )
-        for row in plan.rows
-    }
-    return with_costs(plan, flops, sum(site.bytes for group in selected for site in group))
-
-
-def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | None = None) -> Family:
-    """The variants of a plan for one captured graph: a copy of the graph per distinct row, rewritten by the passes."""
-    sites = sites or find_sites(captured, captured.call)
-    selected = tuple(sites.select(name) for name in plan.sites)
-    cached = [any(not row[k] for row in plan.schedule) for k in range(len(plan.sites))]
-    variants = {}
-    for index, decisions in enumerate(plan.rows):
-        row = Row(
-            computed=tuple(s for k, full in enumerate(decisions) if full and cached[k] for s in selected[k]),
-            forecast=tuple(selected[k] for k, full in enumerate(decisions) if not full),
-            anchors=plan.anchors,
-        )
-        variants[decisions] = variant(captured, row, f"row{index}", observer)
-    return Family(captured, selected, variants)
-
-
-def variant(captured: Captured, row: Row, name: str, observer: Observer) -> Variant:
-    """One variant: `(inputs, anchors, coefficients) -> (outputs, writes)`, a pure function of tensors."""
-    graph = Graph()
-    graph.output(graph.graph_copy(captured.graph_module.graph, {}))
-    graph_module = GraphModule(captured.graph_module, graph)
-    own = len(output_node(graph_module).args[0])
-    observer.run_all(graph_module, row, name)
-    names = [node.name for node in output_node(graph_module).args[0]]
-    inputs = tuple(node.name for node in graph.nodes if node.op == "placeholder")
-    return Variant(name, graph_module, inputs, own, tuple(names[own:]))
 
 
 def check_plan(plan: Plan, run: Recording, target: Target) -> None:
@@ -228,8 +203,54 @@ def sites(
     return find_sites(capture(target.module, first), first)
 
 
+def plan(
+    model: Any,
+    prompts: Sequence[Any],
+    profile: Profile | None = None,
+    *,
+    speedup: float | None = None,
+    quality: float | None = None,
+    latency: float | None = None,
+    cache_bytes: int | None = None,
+    effort: str = DEFAULT_EFFORT,
+    sample: Callable[[nn.Module, Any], Any] | None = None,
+    data_range: float | None = None,
+    seed: int = 0,
+    backend: str = "inductor",
+    progress: Callable[[str], None] | None = None,
+    **call_kwargs: Any,
+) -> Plan:
+    """The plan that `compile` would search for a budget, without compiling; arguments as there.
+
+    A `profile` of `dcc.calibrate` adds anchors that its similarities suggest to the candidates. Raises ProfileError
+    where it is another model's.
+    """
+    target = make_target(model, sample, call_kwargs)
+    checked = check_prompts(prompts, text=not isinstance(model, nn.Module))
+    goal = goal_of(speedup, quality, latency, cache_bytes)
+    run, wide = record(target, checked)
+    captured = capture(target.module, wide)
+    captured.varying = run.varying
+    subject = Subject(target, run, captured, find_sites(captured, run.first), backend)
+    return plan_within(
+        subject,
+        goal,
+        checked,
+        effort=effort,
+        seed=seed,
+        data_range=data_range,
+        profile=profile,
+        progress=progress or (lambda line: None),
+    )
+
+
 def _split(
-    model: Any, policy: str | None, plan: Plan | None, backend: str, parameters: dict[str, Any]
+    model: Any,
+    policy: str | None,
+    plan: Plan | None,
+    backend: str,
+    budgets: dict[str, float | None],
+    parameters: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separates policy parameters from arguments of the pipeline's call; refuses what is neither."""
     if backend not in BACKENDS:
@@ -238,14 +259,16 @@ def _split(
         raise PolicyError("give policy= or plan=, not both")
     if plan is not None and not isinstance(plan, Plan):
         raise PlanError(f"plan must be a dcc.Plan, e.g. dcc.Plan.load(path); got {type(plan).__name__}")
-    policy = policy or DEFAULT_POLICY
-    own = [] if plan is not None else parameter_names(policy)
+    named = [name for name, value in budgets.items() if value is not None]
+    if named and (policy is not None or plan is not None):
+        raise PolicyError(f"{', '.join(named)}: a budget is for the search; give it, or policy=, or plan=, not two")
+    own = parameter_names(policy) if policy is not None else []
     known = call_parameters(model)
     unknown = [name for name in parameters if name not in own and name not in known]
     if unknown:
         raise PolicyError(
             f"unknown keyword {', '.join(map(repr, unknown))}: neither a parameter of "
-            f"{f'policy {policy!r}' if plan is None else 'a given plan'} (it takes: {', '.join(own) or 'none'}) "
+            f"{f'policy {policy!r}' if policy else 'a plan or a budget'} (it takes: {', '.join(own) or 'none'}) "
             "nor an argument of the pipeline's call"
         )
     return {k: v for k, v in parameters.items() if k in own}, {k: v for k, v in parameters.items() if k not in own}

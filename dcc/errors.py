@@ -25,6 +25,10 @@ class PromptError(DccError):
     """Calibration prompts that are missing or of the wrong type."""
 
 
+class BudgetError(DccError):
+    """A budget that is no number, or that no plan can keep."""
+
+
 class PipelineError(DccError):
     """The object given to dcc is not a pipeline or module that can be compiled in its present state."""
 
@@ -55,3 +59,8 @@ class OptionError(DccError):
 
 class DemoError(DccError):
     """An embedded pipeline, split or option of the demo that does not exist."""
+
+
+class ProfileError(DccError):
+    """A profile or calibration checkpoint that is malformed or belongs to another model or run, or a run that cannot
+    be calibrated."""

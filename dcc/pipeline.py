@@ -51,6 +51,9 @@ class Samples:
 class PipelineTarget:
     """A DiffusionPipeline whose denoiser is compiled in place."""
 
+    data_range = 1.0  # of its decoded samples
+    batches = True  # several prompts may share a run
+
     def __init__(self, pipe: Any, call_kwargs: dict[str, Any]) -> None:
         self.pipe, self.call_kwargs = pipe, call_kwargs
         self.name = _denoiser_name(pipe)
@@ -125,6 +128,12 @@ class PipelineTarget:
             for processor, name in watched:
                 delattr(processor, name)
 
+    def fewer_steps(self, steps: int) -> PipelineTarget | None:
+        """The same pipeline with another number of steps, None where its call takes no such number."""
+        if "num_inference_steps" not in call_parameters(self.pipe):
+            return None
+        return PipelineTarget(self.pipe, self.call_kwargs | {"num_inference_steps": steps})
+
     def install(self, module: nn.Module) -> Any:
         """Puts `module` in the denoiser's place, the pipeline's configuration left as it is; returns the pipeline."""
         object.__setattr__(self.pipe, self.name, module)
@@ -135,6 +144,8 @@ class ModuleTarget:
     """A bare denoiser and the function that runs one sampling loop with it."""
 
     scheduler = "sample"
+    data_range = None  # only the loop's author knows
+    batches = False
 
     def __init__(self, module: nn.Module, sample: Callable[[nn.Module, Any], Any]) -> None:
         self._module, self._current, self._sample = module, module, sample
@@ -162,6 +173,10 @@ class ModuleTarget:
             results.append(_as_batch(result))
         images = torch.cat(results)
         return Samples(images, images)
+
+    def fewer_steps(self, steps: int) -> None:
+        """A bare loop has its own number of steps."""
+        return None
 
     def install(self, module: nn.Module) -> Any:
         """Makes `module` what `sample` runs; returns it."""

@@ -24,6 +24,7 @@ class Plan:
     `schedule[step][k]` is 1 where the sites of selector `sites[k]` are computed at that step and 0 where they are
     forecast; `coefficients[step][k]` then weighs their anchors, newest first (empty at computed steps). `levels` are
     the timestep values the denoiser is called with, in order. FLOPs are those of one whole run of one stream.
+    `measured` is what the solver saw on prompts it had not fitted to: empty for a policy.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Plan:
     flops: int = 0
     flops_uncached: int = 0
     cache_bytes: int = 0
+    measured: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -112,6 +114,8 @@ class Plan:
             f"GFLOP a run and stream), {self.cache_bytes / 2**20:.2f} MiB of anchors, "
             f"{len(self.rows)} variants"
         )
+        if self.measured:
+            lines.append(f"  measured    {describe(self.measured)}")
         return "\n".join(lines)
 
 
@@ -156,6 +160,17 @@ def with_costs(plan: Plan, flops_of_row: dict[tuple[int, ...], int], anchor_byte
     )
 
 
+def describe(measured: dict[str, Any]) -> str:
+    """One sentence on what the solver measured on the prompts that it held back."""
+    text = (
+        f"on {measured['prompts']} held-back prompts PSNR {measured['psnr_mean']:.1f} dB mean, "
+        f"{measured['psnr_worst']:.1f} dB worst"
+    )
+    if "fewer_steps_psnr" in measured:
+        text += f"; {measured['fewer_steps']} plain steps instead: {measured['fewer_steps_psnr']:.1f} dB"
+    return text
+
+
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
@@ -169,7 +184,8 @@ def _check(plan: Plan) -> None:
         require(isinstance(getattr(plan, name), str), name, "must be a string")
     for name in ("levels", "sites", "schedule", "coefficients"):
         require(isinstance(getattr(plan, name), tuple), name, "must be a list")
-    require(isinstance(plan.parameters, dict), "parameters", "must be an object")
+    for name in ("parameters", "measured"):
+        require(isinstance(getattr(plan, name), dict), name, "must be an object")
     require(
         bool(plan.levels) and all(_finite(v) for v in plan.levels), "levels", "must be finite numbers, at least one"
     )

@@ -1,0 +1,65 @@
+"""From a plan to the graphs of its variants, and what they cost."""
+
+from __future__ import annotations
+
+from torch.fx import Graph, GraphModule
+
+from dcc.capture import Captured
+from dcc.errors import PlanError
+from dcc.lower import Variant
+from dcc.observe import Observer
+from dcc.passes.base import Row
+from dcc.passes.dataflow import Dataflow
+from dcc.passes.graph import output_node
+from dcc.plan import Plan, with_costs
+from dcc.runtime import Family
+from dcc.sites import Sites, find_sites
+
+
+def cost(plan: Plan, sites: Sites) -> Plan:
+    """The plan with its expected FLOPs and cache bytes at the recorded shapes."""
+    selected = [sites.select(name) for name in plan.sites]
+    for row in plan.rows:
+        owner: dict[str, str] = {}
+        for k, name in enumerate(plan.sites):
+            for out in () if row[k] else [port.out for site in selected[k] for port in site.ports]:
+                if owner.setdefault(out, name) != name:
+                    raise PlanError(
+                        f"a step forecasts both {owner[out]!r} and {name!r}, which are one value; choose one"
+                    )
+    flow = Dataflow(sites.captured.graph_module)
+    flops = {
+        row: flow.flops(
+            sites.costs, [p for k, full in enumerate(row) if not full for s in selected[k] for p in s.ports]
+        )
+        for row in plan.rows
+    }
+    return with_costs(plan, flops, sum(site.bytes for group in selected for site in group))
+
+
+def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | None = None) -> Family:
+    """The variants of a plan for one captured graph: a copy of the graph per distinct row, rewritten by the passes."""
+    sites = sites or find_sites(captured, captured.call)
+    selected = tuple(sites.select(name) for name in plan.sites)
+    cached = [any(not row[k] for row in plan.schedule) for k in range(len(plan.sites))]
+    variants = {}
+    for index, decisions in enumerate(plan.rows):
+        row = Row(
+            computed=tuple(s for k, full in enumerate(decisions) if full and cached[k] for s in selected[k]),
+            forecast=tuple(selected[k] for k, full in enumerate(decisions) if not full),
+            anchors=plan.anchors,
+        )
+        variants[decisions] = variant(captured, row, f"row{index}", observer)
+    return Family(captured, selected, variants)
+
+
+def variant(captured: Captured, row: Row, name: str, observer: Observer) -> Variant:
+    """One variant: `(inputs, anchors, coefficients) -> (outputs, writes)`, a pure function of tensors."""
+    graph = Graph()
+    graph.output(graph.graph_copy(captured.graph_module.graph, {}))
+    graph_module = GraphModule(captured.graph_module, graph)
+    own = len(output_node(graph_module).args[0])
+    observer.run_all(graph_module, row, name)
+    names = [node.name for node in output_node(graph_module).args[0]]
+    inputs = tuple(node.name for node in graph.nodes if node.op == "placeholder")
+    return Variant(name, graph_module, inputs, own, tuple(names[own:]))
