@@ -1,0 +1,80 @@
+"""Returns small sketches of the values of every site as extra outputs, so that a calibration can compare steps.
+
+    h = add(x, f(x)); return (g(h),)
+-->
+    s = stack([x, h]); return (g(h), sketch(s, sample), coordinates(s, sample))
+
+A residual's value and its base are sketched apart: sketches are linear, so their difference is the residual's sketch,
+and a base is the value of the block before it. Values of one shape are sketched together, up to TOGETHER numbers at a
+time, so that small features cost few calls and large ones do not stay alive. Runs in calibration only, on eager
+graphs. Refuses a site whose nodes are not in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from dcc.passes.base import Pass, Row, Site
+from dcc.passes.graph import in_graph_order, insert_call, node_of, nodes_by_name, output_node, sizes
+from dcc.sketch import COORDINATES, SIZE, coordinates, sketch
+
+aten = torch.ops.aten
+TOGETHER = 2**18
+
+
+@dataclass(frozen=True)
+class InsertSketches(Pass):
+    """See the file's docstring. `sample` names the graph input whose first dimension is the number of samples."""
+
+    sample: str
+
+    name: ClassVar[str] = "insert_sketches"
+    after: ClassVar[tuple[str, ...]] = ("drop_asserts",)
+
+    def apply(self, graph_module: GraphModule, row: Row) -> int:
+        nodes, output = nodes_by_name(graph_module), output_node(graph_module)
+        like = node_of(nodes, self.sample, self.name)
+        extra = []
+        for group in groups(graph_module, row.computed):
+            members = [nodes[name] for name in group]
+            with graph_module.graph.inserting_before(_behind(members[-1])):
+                stacked = insert_call(graph_module, aten.stack.default, members)
+                for function, width in ((sketch, SIZE), (coordinates, COORDINATES)):
+                    node = graph_module.graph.call_function(function, (stacked, like))
+                    batch = like.meta["val"].shape[0] if like.meta["val"].dim() else 1
+                    node.meta["val"] = stacked.meta["val"].new_empty((len(group), batch, width), dtype=torch.float32)
+                    extra.append(node)
+        output.args = ((*output.args[0], *extra),)
+        return len(extra)
+
+
+def groups(graph_module: GraphModule, sites: Sequence[Site]) -> list[list[str]]:
+    """Names of all distinct values and bases of the sites, in the groups that are sketched together."""
+    nodes = nodes_by_name(graph_module)
+    names = {name for site in sites for port in site.ports for name in (port.out, port.base) if name is not None}
+    for name in sorted(names):
+        node_of(nodes, name, InsertSketches.name)
+    found: list[list[str]] = []
+    open_groups: dict[tuple[object, ...], list[str]] = {}
+    for name in in_graph_order(graph_module, names):
+        value = nodes[name].meta["val"]
+        key = (sizes(nodes[name]), value.dtype, value.device)
+        group = open_groups.get(key)
+        if group is None or (len(group) + 1) * torch.Size(key[0]).numel() > TOGETHER:
+            group = open_groups[key] = []
+            found.append(group)
+        group.append(name)
+    return found
+
+
+def _behind(node: Node) -> Node:
+    """The first node behind `node` before which a call may stand; inputs come first."""
+    following = node.next
+    while following.op == "placeholder":
+        following = following.next
+    return following
