@@ -1,0 +1,368 @@
+"""Quality against compute on the demo pipelines: dcc, other libraries' caches, and fewer steps.
+
+    python benchmarks/quality.py unet [--prompts 32] [--only NAME] [--refresh]
+    python benchmarks/quality.py unet --table
+    python benchmarks/quality.py unet --plot quality_unet.png
+
+Quality is that of the final images of the test prompts against the uncached pipeline; compute is the denoiser's FLOPs
+over a whole run, counted in real runs. Parameters that decide how much is computed are tuned to each budget on
+calibration prompts. Writes benchmarks/results/quality_<pipeline>.json after every row; rows already measured with the
+same weights are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from typing import Annotated, Any
+
+import diffusers
+import measure
+import torch
+import transformers
+import typer
+from baselines import baselines
+from peers import peers
+from rich.console import Console
+from rich.table import Table
+from subjects import BUDGETS, Contestant, DoesNotRun, Subject
+from torch.utils.flop_counter import FlopCounterMode
+
+import dcc
+from dcc.evaluate import psnr, ssim
+from dcc.passes.costs import CPU_ATTENTION
+from dcc.pipeline import Samples
+
+SEED = 1000  # of the first test prompt
+CALIBRATION_SEED = 0
+BATCH = 16
+TUNING = 4  # calibration prompts on which knobs are tuned, for contestants that decide by what they see
+BISECTIONS = 12
+SLACK = (
+    0.98  # a row counts at a budget from this share of it on: what was tuned on other prompts may fall a little short
+)
+SAME = 100.0  # dB; images closer than this are equal
+VERSIONS = ("torch", "diffusers", "transformers", "cache-dit", "DeepCache", "diffusion-cache-compiler")
+
+
+@contextlib.contextmanager
+def counted(net: torch.nn.Module) -> Iterator[list[int]]:
+    """FLOPs of every call of the denoiser, as torch counts them in what is really executed."""
+    counts: list[int] = []
+    inner, own = net.forward, vars(net).get("forward")
+
+    @functools.wraps(inner)
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            result = inner(*args, **kwargs)
+        counts.append(counter.get_total_flops())
+        return result
+
+    net.forward = counting
+    try:
+        yield counts
+    finally:
+        if own is None:
+            del net.forward
+        else:
+            net.forward = own
+
+
+class Measurement:
+    """One subject on its test prompts: the uncached images and FLOPs, and rows of contestants against them."""
+
+    def __init__(self, subject: Subject, prompts: int) -> None:
+        self.subject = subject
+        self.prompts, self.calib = dcc.demo.prompts("test")[:prompts], dcc.demo.prompts("calib")
+        self.seeds = [SEED + index for index in range(len(self.prompts))]
+        self.reference = self._batches(None, {})
+        self.flops = self._one_by_one(None, {}, self.prompts[:1], SEED)[1][0]
+        self._tried: dict[tuple[str, Any], float] = {}  # speed-ups on calibration prompts
+        self._reached: dict[tuple[str, str], dict[str, Any]] = {}  # a setting may be the answer to two budgets
+
+    def row(self, contestant: Contestant) -> dict[str, Any]:
+        """What a contestant reaches, or the reason why it does not run."""
+        facts = {
+            "name": contestant.name,
+            "family": contestant.family,
+            "budget": contestant.budget,
+            "parameters": contestant.parameters,
+            "weights": self.subject.weights,
+            "prompts": len(self.prompts),
+        }
+        start = time.perf_counter()
+        try:
+            with _quiet():
+                facts |= self._measured(contestant)
+        except DoesNotRun as reason:
+            facts["reason"] = str(reason)
+        except Exception as error:  # a peer may fail in any way; the row says how
+            facts["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        facts["seconds"] = round(time.perf_counter() - start, 1)
+        self._check_clean(contestant)
+        return facts
+
+    def _measured(self, contestant: Contestant) -> dict[str, Any]:
+        parameters = dict(contestant.parameters)
+        if contestant.knob:
+            parameters[contestant.knob.name] = self._tune(contestant)
+        key = (_label(contestant.name), repr(parameters))
+        if key not in self._reached:
+            self._reached[key] = self._at(contestant, parameters)
+        return self._reached[key]
+
+    def _at(self, contestant: Contestant, parameters: dict[str, Any]) -> dict[str, Any]:
+        with self._installed(contestant, parameters) as (pipe, changes):
+            if contestant.dynamic:
+                images, counts = self._one_by_one(pipe, changes, self.prompts, SEED)
+            else:
+                _, counts = self._one_by_one(pipe, changes, self.prompts[:1], SEED)
+                images = self._batches(pipe, changes)
+        if not torch.isfinite(images.raw).all():
+            raise DoesNotRun("gives values that are not finite")
+        flops = statistics.mean(counts)
+        shown, raw = _compare(images.images, self.reference.images), _compare(images.raw, self.reference.raw)
+        return {
+            "parameters": parameters,
+            "speedup": self.flops / flops if flops else math.inf,
+            "gflops": flops / 1e9,
+            "flops_runs": len(counts),
+            **shown,
+            "before_clamp": raw,
+        }
+
+    def _tune(self, contestant: Contestant) -> Any:
+        """The knob's value with the most compute that meets the budget, by bisection on measured FLOPs."""
+        knob, budget = contestant.knob, contestant.budget or 1.0
+
+        def speedup(value: Any) -> float:
+            key = (_label(contestant.name), value)
+            if key not in self._tried:
+                prompts = self.calib[:TUNING] if contestant.dynamic else self.calib[:1]
+                with self._installed(contestant, contestant.parameters | {knob.name: value}) as (pipe, changes):
+                    _, counts = self._one_by_one(pipe, changes, prompts, CALIBRATION_SEED)
+                self._tried[key] = self.flops / max(statistics.mean(counts), 1)
+            return self._tried[key]
+
+        return _bisect(speedup, knob.values, knob.low, knob.high, budget)
+
+    @contextlib.contextmanager
+    def _installed(self, contestant: Contestant, parameters: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        pipe = self.subject.pipe if contestant.shared else self.subject.fresh()
+        with contestant.install(self.subject, pipe, **parameters) as changes:
+            yield pipe, changes or {}
+
+    def _one_by_one(
+        self, pipe: Any, changes: dict[str, Any], prompts: Sequence[str], seed: int
+    ) -> tuple[Samples, list[int]]:
+        """The images of prompts run one at a time, and the FLOPs of each run."""
+        target, images, totals = self.subject.target(pipe, changes), [], []
+        for index, prompt in enumerate(prompts):
+            with counted(target.module) as counts:
+                images.append(target.generate([prompt], [seed + index]))
+            totals.append(sum(counts))
+        return Samples.concatenate(images), totals
+
+    def _batches(self, pipe: Any, changes: dict[str, Any]) -> Samples:
+        """The images of all prompts, in batches."""
+        target = self.subject.target(pipe, changes)
+        return Samples.concatenate(
+            [
+                target.generate(self.prompts[at : at + BATCH], self.seeds[at : at + BATCH])
+                for at in range(0, len(self.prompts), BATCH)
+            ]
+        )
+
+    def _check_clean(self, contestant: Contestant) -> None:
+        """Raises RuntimeError where a contestant left anything behind that changes the uncached pipeline."""
+        images = self.subject.target().generate(self.prompts[:1], self.seeds[:1]).raw
+        if min(psnr(images, self.reference.raw[:1])) < SAME:
+            raise RuntimeError(f"after {contestant.name} the uncached pipeline gives other images than before")
+
+
+def _bisect(speedup: Callable[[Any], float], values: Sequence[Any], low: float, high: float, budget: float) -> Any:
+    """The value nearest to full compute that reaches the budget: of `values`, or between `low` and `high`."""
+    if values:
+        if speedup(values[0]) >= budget:
+            return values[0]
+        first, last = 1, len(values) - 1
+        if speedup(values[last]) < budget:
+            raise DoesNotRun(f"reaches {speedup(values[last]):.2f}x at most")
+        while first < last:
+            middle = (first + last) // 2
+            first, last = (first, middle) if speedup(values[middle]) >= budget else (middle + 1, last)
+        return values[last]
+    if speedup(high) < budget:
+        raise DoesNotRun(f"reaches {speedup(high):.2f}x at most")
+    for _ in range(BISECTIONS):
+        middle = float(f"{math.sqrt(low * high):.4g}")
+        low, high = (low, middle) if speedup(middle) >= budget else (middle, high)
+    return high
+
+
+def _label(name: str) -> str:
+    """A contestant's name without the budget."""
+    return name.rsplit(" @ ", 1)[0]
+
+
+def _compare(images: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    decibels = [min(value, SAME) for value in psnr(images, reference)]
+    similar = ssim(images, reference)
+    return {
+        "psnr": statistics.mean(decibels),
+        "psnr_worst": min(decibels),
+        "psnr_spread": statistics.stdev(decibels) if len(decibels) > 1 else 0.0,
+        "ssim": statistics.mean(similar),
+        "ssim_worst": min(similar),
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of libraries."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def load(name: str) -> dict[str, Any]:
+    """The result file of a pipeline; without rows where there is none yet."""
+    path = measure.RESULTS / f"quality_{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {"rows": []}
+
+
+def run(name: str, prompts: int, only: str, refresh: bool) -> None:
+    """Measures every contestant that has no row yet."""
+    subject = Subject(name)
+    rows = {row["name"]: row for row in load(name)["rows"] if row["weights"] == subject.weights}
+
+    def missing(contestant: Contestant) -> bool:
+        row = rows.get(contestant.name)
+        return refresh or row is None or row["prompts"] < prompts
+
+    everyone = [*baselines(subject), *peers(subject)]
+    todo = [c for c in everyone if only in c.name and missing(c)]
+    if not todo:
+        print("every row is there; --refresh measures again")
+        return
+    measurement = Measurement(subject, prompts)
+    order = {contestant.name: index for index, contestant in enumerate(everyone)}
+    for index, contestant in enumerate(todo):
+        row = rows[contestant.name] = measurement.row(contestant)
+        said = row.get("reason") or f"{row['speedup']:.2f}x {row['psnr']:.1f} dB, worst {row['psnr_worst']:.1f}"
+        print(f"{index + 1}/{len(todo)} {contestant.name}: {said} ({row['seconds']} s)", flush=True)
+        facts = {
+            "pipeline": name,
+            "weights": subject.weights,
+            "versions": _versions(),
+            "call": subject.call,
+            "gflops": measurement.flops / 1e9,
+            "slack": SLACK,
+            "rows": sorted(rows.values(), key=lambda row: order.get(row["name"], len(order))),
+        }
+        measure.write(f"quality_{name}", facts)
+
+
+def best(rows: Sequence[dict[str, Any]], budget: float) -> list[dict[str, Any]]:
+    """The best row of each family among those that meet the budget, the best family first."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row.get("speedup", 0.0) >= SLACK * budget:
+            held = chosen.get(row["family"])
+            if held is None or row["psnr"] > held["psnr"]:
+                chosen[row["family"]] = row
+    return sorted(chosen.values(), key=lambda row: -row["psnr"])
+
+
+def table(name: str) -> None:
+    """Prints, for every budget, the best of each family."""
+    data = load(name)
+    console = Console(width=160)
+    for budget in BUDGETS:
+        shown = Table("family", "best", "speed-up", "PSNR", "worst", "SSIM", "PSNR before the clamp", "worst")
+        shown.title = f"{name}: at least {budget:g}x fewer FLOPs"
+        for row in best(data["rows"], budget):
+            raw = row["before_clamp"]
+            numbers = [row["psnr"], row["psnr_worst"], row["ssim"], raw["psnr"], raw["psnr_worst"]]
+            texts = [f"{value:.4f}" if index == 2 else f"{value:.1f}" for index, value in enumerate(numbers)]
+            label = _label(row["name"])
+            shown.add_row(row["family"], label, f"{row['speedup']:.2f}x", *texts)
+        console.print(shown)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in data["rows"]:
+        if "reason" in row:
+            label, _, budget = row["name"].partition(" @ ")
+            reasons.setdefault((label, row["reason"]), []).append(budget)
+    for (label, reason), budgets in reasons.items():
+        console.print(f"{label} {', '.join(budgets)}: {reason}", highlight=False)
+
+
+def plot(name: str, path: str) -> None:
+    """Draws PSNR against FLOPs speed-up, the best settings of each family as one line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    families: dict[str, list[tuple[float, float]]] = {}
+    for row in load(name)["rows"]:
+        if row.get("speedup", 0.0) > 1.0 and row["family"] != "uncached":
+            families.setdefault(row["family"], []).append((row["speedup"], row["psnr"]))
+    figure, axes = pyplot.subplots(figsize=(11, 7))
+    markers = "osD^v<>P*X"
+    for index, (family, points) in enumerate(families.items()):
+        front = [(x, y) for x, y in sorted(points) if y >= max(other for at, other in points if at >= x)]
+        style = {"linewidth": 3, "color": "black"} if family == "dcc solver" else {"linewidth": 1.2}
+        marker = markers[index % len(markers)]
+        axes.plot([x for x, _ in front], [y for _, y in front], marker=marker, markersize=5, label=family, **style)
+    axes.set(xlabel="denoiser FLOPs, uncached over cached", ylabel="PSNR to the uncached image, dB", xscale="log")
+    axes.set_xticks(BUDGETS, [f"{budget:g}x" for budget in BUDGETS])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    axes.set_title(name)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    print(path)
+
+
+def main(
+    pipeline: Annotated[str, typer.Argument(help="mmdit or unet")],
+    prompts: Annotated[int, typer.Option(help="test prompts")] = 64,
+    only: Annotated[str, typer.Option(help="contestants whose name contains this")] = "",
+    refresh: Annotated[bool, typer.Option(help="measure rows again that are there")] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads, 0 for torch's own choice")] = 0,
+    show: Annotated[bool, typer.Option("--table", help="print the result file by budget; measure nothing")] = False,
+    draw: Annotated[str, typer.Option("--plot", help="draw the result file to this image; measure nothing")] = "",
+) -> None:
+    """Measures, prints or draws."""
+    if show or draw:
+        if show:
+            table(pipeline)
+        if draw:
+            plot(pipeline, draw)
+        return
+    if threads:
+        torch.set_num_threads(threads)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    run(pipeline, prompts, only, refresh)
+
+
+if __name__ == "__main__":
+    typer.run(main)
