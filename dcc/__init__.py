@@ -13,9 +13,22 @@ if _bare is not None and _bare.origin == str(Path(__file__).parent.parent / "ker
 from dcc import demo, errors  # noqa: E402
 from dcc.calibrate import calibrate  # noqa: E402
 from dcc.compiler import compile, plan, restore, sites  # noqa: E402
+from dcc.evaluate import evaluate  # noqa: E402 - the function, in place of its module
 from dcc.plan import Plan  # noqa: E402
 from dcc.profile import Profile  # noqa: E402
 from dcc.runtime import CompiledDenoiser  # noqa: E402
 
-__all__ = ["CompiledDenoiser", "Plan", "Profile", "calibrate", "compile", "demo", "errors", "plan", "restore", "sites"]
+__all__ = [
+    "CompiledDenoiser",
+    "Plan",
+    "Profile",
+    "calibrate",
+    "compile",
+    "demo",
+    "errors",
+    "evaluate",
+    "plan",
+    "restore",
+    "sites",
+]
 __version__ = "0.1.0"

@@ -1,12 +1,14 @@
-"""The command line: `dcc demo`, `dcc sites`, `dcc plan show`."""
+"""The command line: `dcc demo`, `dcc evaluate`, `dcc sites`, `dcc plan show`."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,10 +22,11 @@ from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 import dcc
-from dcc.errors import DccError, DemoError, LoweringError, PipelineError
+from dcc.errors import DccError, DemoError, LoweringError, PipelineError, PolicyError
 from dcc.lower import BACKENDS
 from dcc.pipeline import load_pipeline
 from dcc.policies import DEFAULT_POLICY, make_policy
+from dcc.text import count, decibels
 
 # About three times fewer denoiser FLOPs on both demo pipelines.
 INTERVALS = {"taylorseer": 4, "interval": 3}
@@ -98,6 +101,65 @@ def demo(
 
 
 @app.command()
+def evaluate(
+    pipeline: Annotated[str, typer.Option(help="mmdit, unet, or the folder of a saved diffusers pipeline.")] = "mmdit",
+    policy: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME:key=value,key=value, e.g. taylorseer:interval=4,order=1.")
+    ] = None,
+    plan: Annotated[list[Path] | None, typer.Option(help="A plan that Plan.save wrote.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, max=64, help="How many held-out prompts to run.")] = 8,
+    backend: Annotated[str, typer.Option(help="inductor compiles to machine code; eager starts at once.")] = "inductor",
+    html: Annotated[Path | None, typer.Option(help="Write one HTML page with plots and pictures.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a line a plan.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write every number.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps, if not the pipeline's own number.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a run that measures quality.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of the first prompt's noise.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+) -> None:
+    """Compare policies and plans, each given once or more, with the uncached pipeline: time and fidelity.
+
+    Without any, the policies of `dcc demo`.
+    """
+    from dcc.evaluate import named  # refuses bad names before any work
+
+    policies = [parse_policy(text) for text in policy or []]
+    if not policies and not plan:
+        policies = [(name, {"interval": interval}) for name, interval in INTERVALS.items()]
+    wanted = (named(policies) if policies else {}) | {str(file): dcc.Plan.load(file) for file in plan or []}
+    for option, path in (("--html", html), ("--csv", csv), ("--json", json)):
+        if path is not None:
+            _writable(path, option)
+    if backend not in BACKENDS:
+        raise LoweringError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    call = dcc.demo.settings(pipeline) if pipeline in dcc.demo.names() else {}
+    call |= {} if steps is None else {"num_inference_steps": steps}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with Stages() as stages:
+            stages(f"loading {pipeline}")
+            report = dcc.evaluate(
+                _load(pipeline),
+                wanted,
+                dcc.demo.prompts("test")[:prompts],
+                backend=backend,
+                batch_size=batch_size,
+                seed=seed,
+                progress=stages.grouped,
+                **call,
+            )
+    finally:
+        torch.set_num_threads(before)
+    console = Console(highlight=False)
+    console.print(report)
+    for path, save in ((html, report.save_html), (csv, report.to_csv), (json, report.to_json)):
+        if path is not None:
+            save(path)
+            console.print(f"written: {path}", soft_wrap=True)
+
+
+@app.command()
 def sites(
     pipeline: Annotated[str, typer.Option(help="mmdit, unet, or the folder of a saved diffusers pipeline.")] = "mmdit",
 ) -> None:
@@ -117,7 +179,7 @@ def plan_show(
     steps: Annotated[bool, typer.Option("--steps", help="Also list what each step computes or forecasts.")] = False,
 ) -> None:
     """Print a plan readably."""
-    from dcc.report import plan_table, steps_table
+    from dcc.tables import plan_table, steps_table
 
     plan = dcc.Plan.load(file)
     console = Console()
@@ -128,47 +190,41 @@ def plan_show(
 
 
 def _demo(
-    name: str, settings: dict[str, Any], caching: dict[str, Any], count: int, backend: str, out: Path, seed: int
+    name: str, settings: dict[str, Any], caching: dict[str, Any], number: int, backend: str, out: Path, seed: int
 ) -> None:
-    """Compiles a pipeline twice, cached and all-compute, runs both in turn, then prints and draws what came out."""
-    from dcc.evaluate import compare
-    from dcc.report import decibels, demo_table, plan_table, save_grid
+    """Runs a pipeline uncached and cached in turn, then prints and draws what came out."""
+    from dcc.grid import save_grid
+    from dcc.tables import demo_table, plan_table
 
     start = time.perf_counter()
-    prompts, calib = dcc.demo.prompts("test")[:count], dcc.demo.prompts("calib")
-    # the cached one first: a site that does not exist is refused before the longer work
-    wanted = {"cached": caching, "uncached": {"policy": "interval", "interval": 1}}
-    pipes = {}
+    prompts = dcc.demo.prompts("test")[:number]
+    policy = caching.pop("policy")
     with Stages() as stages:
-        for kind, policy in wanted.items():
-            stages(f"{kind}: loading {name}")
-            pipes[kind] = dcc.compile(
-                _load(name), calib, backend=backend, progress=stages.named(kind), **policy, **settings
-            )
-        stages(f"drawing {_count(count, 'image')} with each, in turn")
-        result = compare(pipes["uncached"], pipes["cached"], prompts, seed=seed, progress=stages.update, **settings)
+        stages(f"loading {name}")
+        pipe = _load(name)
+        wanted = {"cached": (policy, caching)}
+        report = dcc.evaluate(
+            pipe, wanted, prompts, seed=seed, backend=backend, progress=stages.grouped, shown=number, **settings
+        )
+        row = report["cached"]
+        if row.error:
+            raise DemoError(row.error)
         stages(f"writing {out}")
-        plan = _denoiser(pipes["cached"]).plan
+        plan = row.plan
         full = f"{sum(plan.steps_mask)} of {plan.steps} steps computed in full"
-        headline = f"{name}: {plan.policy}, {full}, speed-up {result.ratio:.2f}x"
-        notes = [decibels(value) for value in result.psnr]
-        save_grid(out, prompts, result.reference.images, result.cached.images, headline, notes)
+        headline = f"{name}: {plan.policy}, {full}, speed-up {report.speedup(row):.2f}x"
+        before, after = (torch.stack(images) for images in zip(*row.pictures.values(), strict=True))
+        save_grid(out, prompts, before, after, headline, [decibels(value) for value in row.psnr])
     console = Console(highlight=False)
     console.print("\n[bold]The plan[/]")
     console.print(plan_table(plan))
-    threads = _count(torch.get_num_threads(), "CPU thread")
-    console.print(f"\n[bold]What it does[/]  {_count(count, 'held-out prompt')}, {backend}, {threads}")
-    console.print(demo_table(result, plan))
-    for kind, pipe in pipes.items():
-        for program in _denoiser(pipe).programs.values():
-            if program.problem:
-                note = f"note: {kind}: variant {program.variant.name} runs eagerly: {program.problem}"
-                console.print(Text(note, "yellow"))
+    threads = count(torch.get_num_threads(), "CPU thread")
+    console.print(f"\n[bold]What it does[/]  {count(number, 'held-out prompt')}, {backend}, {threads}")
+    console.print(demo_table(report, row))
+    for part in (report.reference, row):
+        for note in part.notes:
+            console.print(Text(f"note: {part.name}: {note}", "yellow"))
     console.print(f"\npicture: {out}\ntotal: {time.perf_counter() - start:.0f} s", soft_wrap=True)
-
-
-def _denoiser(pipe: Any) -> dcc.CompiledDenoiser:
-    return next(part for part in vars(pipe).values() if isinstance(part, dcc.CompiledDenoiser))
 
 
 def _load(pipeline: str) -> Any:
@@ -203,20 +259,34 @@ def _quiet() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def _writable(path: Path) -> Path:
+def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
+    """Reads "taylorseer:interval=4,site=stack" as ("taylorseer", {"interval": 4, "site": "stack"}).
+
+    Raises PolicyError for what is not written like this.
+    """
+    name, _, rest = text.partition(":")
+    parameters: dict[str, Any] = {}
+    for item in re.split(r",(?![^\[]*\])", rest) if rest else []:  # commas inside brackets belong to a value
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise PolicyError(f"--policy {text}: {item!r} is not key=value; write e.g. taylorseer:interval=4,order=1")
+        try:
+            parameters[key.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a plain word, such as a site's name
+            parameters[key.strip()] = value
+    return name, parameters
+
+
+def _writable(path: Path, option: str = "--out") -> Path:
     """The path, where a file can be written there. Raises DemoError, before any work, where it cannot."""
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise DemoError(f"--out {path}: there is no folder {folder}; create it or choose another path")
+        raise DemoError(f"{option} {path}: there is no folder {folder}; create it or choose another path")
     if path.is_dir():
-        raise DemoError(f"--out {path}: this is a folder; name a file in it, e.g. {path / 'dcc-demo.png'}")
+        raise DemoError(f"{option} {path}: this is a folder; name a file in it, e.g. {path / 'dcc'}")
     if not os.access(folder, os.W_OK):
-        raise DemoError(f"--out {path}: the folder {folder} cannot be written to; choose another path")
+        raise DemoError(f"{option} {path}: the folder {folder} cannot be written to; choose another path")
     return path
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 class Stages:
@@ -240,9 +310,12 @@ class Stages:
         self.status = self.console.status(Text(line))
         self.status.start()
 
-    def named(self, kind: str) -> Callable[[str], None]:
-        """A progress callable whose stages begin with `kind`."""
-        return lambda line: self(f"{kind}: {line}")
+    def grouped(self, line: str) -> None:
+        """A line "what: detail": a stage a `what`, whose details show while it runs."""
+        what, _, detail = line.partition(": ")
+        if what != self.line:
+            self(what)
+        self.update(detail)
 
     def update(self, detail: str) -> None:
         """Shows how far the running stage is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 from rich.console import Console
@@ -22,3 +23,18 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.2f} GiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """0.0421 -> "42 ms", 2.5 -> "2.50 s"."""
+    return f"{seconds * 1e3:.0f} ms" if seconds < 0.9995 else f"{seconds:.2f} s"
+
+
+def decibels(value: float) -> str:
+    """31.24 -> "31.2 dB"; infinite -> "identical"."""
+    return "identical" if math.isinf(value) else f"{value:.1f} dB"
+
+
+def count(number: int, noun: str) -> str:
+    """(1, "step") -> "1 step", (2, "step") -> "2 steps"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

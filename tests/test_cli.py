@@ -31,6 +31,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dcc.demo, "load", fail)
     monkeypatch.setattr(dcc, "compile", fail)
+    monkeypatch.setattr(dcc, "evaluate", fail)
 
 
 @pytest.fixture
@@ -52,11 +53,11 @@ def plan_file(tmp_path: Path) -> Path:
 def test_help_lists_the_commands():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "sites", "plan"):
+    for command in ("demo", "evaluate", "sites", "plan"):
         assert f"│ {command} " in result.stdout
 
 
-@pytest.mark.parametrize("command", [("demo",), ("sites",), ("plan",), ("plan", "show")])
+@pytest.mark.parametrize("command", [("demo",), ("evaluate",), ("sites",), ("plan",), ("plan", "show")])
 def test_every_command_has_help(command: tuple[str, ...]):
     assert run(*command, "--help").exit_code == 0
 
@@ -135,6 +136,53 @@ def test_sites_refuses_what_is_no_pipeline(tmp_path: Path):
     assert isinstance(broken.exception, PipelineError)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("interval", ("interval", {})),
+        ("taylorseer:interval=4,order=1", ("taylorseer", {"interval": 4, "order": 1})),
+        ("interval:site=blocks[0:2],interval=3", ("interval", {"site": "blocks[0:2]", "interval": 3})),
+        ("interval:steps_mask=[1,0,1],site=cut:0", ("interval", {"steps_mask": [1, 0, 1], "site": "cut:0"})),
+    ],
+)
+def test_policies_are_read_from_text(text: str, expected: tuple[str, dict[str, Any]]):
+    assert cli.parse_policy(text) == expected
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--policy", "magic"), ("'magic'", "interval", "taylorseer")),
+        (("--policy", "interval:order=2"), ("'order'", "steps_mask")),
+        (("--policy", "interval:3"), ("'3' is not key=value",)),
+        (("--plan", "none.json"), ("none.json", "cannot be read")),
+        (("--backend", "gcc"), ("'gcc'", "inductor", "eager")),
+        (("--html", "no/such/folder/x.html"), ("--html", "create it")),
+        (("--csv", "/"), ("--csv", "folder")),
+    ],
+)
+def test_evaluate_refuses_before_any_work(arguments: tuple[str, ...], named: tuple[str, ...]):
+    result = run("evaluate", *arguments, COLUMNS="300")
+    assert result.exit_code == 1 and result.stderr.startswith("error: ") and not result.stdout
+    for part in named:
+        assert part in result.stderr
+
+
+@pytest.mark.slow
+def test_evaluate(tmp_path: Path, plan_file: Path):
+    files = {kind: tmp_path / f"r.{kind}" for kind in ("html", "csv", "json")}
+    written = [part for kind, path in files.items() for part in (f"--{kind}", path)]
+    wanted = ("--policy", "interval:interval=2", "--plan", plan_file)
+    settings = ("--backend", "eager", "--prompts", "1", "--steps", "3")
+    result = run("evaluate", *wanted, *settings, *written, COLUMNS="60")
+    assert result.exit_code == 0, result.output
+    assert max(len(line.rstrip()) for line in result.stdout.splitlines() if "written" not in line) <= 60
+    for part in ("2/3", "failed: planning: PlanError: the plan is", *map(str, files.values())):
+        assert part in " ".join(result.stdout.split())
+    assert all(path.stat().st_size for path in files.values())
+
+
 @pytest.mark.slow
 def test_sites_of_a_demo_pipeline_and_of_its_folder():
     by_name = run("sites", "--pipeline", "mmdit")
@@ -153,7 +201,7 @@ def test_demo(tmp_path: Path):
     assert torch.get_num_threads() == before
     for part in ("taylorseer(interval=4)", "9 of 28", "latency per image", "share of the ideal", "PSNR", str(out)):
         assert part in result.stdout
-    for part in ("cached: recording one run", "lowering variant 2 of 2", "drawing 1 image with each"):
+    for part in ("loading mmdit", "uncached", "cached", "prompts", f"writing {out}"):
         assert part in result.stderr
     assert "Loading" not in result.output and "torchvision" not in result.output
     with Image.open(out) as image:

@@ -1,100 +1,239 @@
-"""PSNR and SSIM against their definitions; runs of the same prompts and seeds through two pipelines."""
+"""Evaluations of a bare module and a demo pipeline: what is measured, what is a row with its error, what is refused."""
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dcc.errors import PromptError
-from dcc.evaluate import Timing, compare, generate, psnr, ssim
+import dcc
+from dcc.errors import LoweringError, PipelineError, PolicyError, PromptError
+from dcc.evaluate import named
+from dcc.plan import Plan
+from dcc.runtime import CompiledDenoiser
 
+from .conftest import Stack
 
-class Pipe:
-    """Stands in for a pipeline: an image [1, 3, 16, 16] of the generator's noise plus `shift`; notes every call."""
-
-    def __init__(self, shift: float = 0.0, log: list[str] | None = None, name: str = "pipe") -> None:
-        self.shift, self.log, self.name = shift, [] if log is None else log, name
-
-    def __call__(self, prompt: str, generator: torch.Generator, output_type: str, steps: int) -> SimpleNamespace:
-        assert output_type == "pt" and steps == 7
-        self.log.append(f"{self.name}: {prompt}")
-        noise = torch.rand(1, 3, 16, 16, generator=generator, dtype=torch.float64) * 0.5
-        return SimpleNamespace(images=noise + self.shift)
+STEPS = 6
 
 
-def pairs(n: int = 3) -> tuple[Tensor, Tensor]:
-    reference = torch.rand(n, 3, 32, 24)
-    return (reference + 0.1 * torch.randn_like(reference)).clamp(0, 1), reference
+def loop(net: nn.Module, prompt: float, shape: tuple[int, ...] = (1, 40, 8)) -> Tensor:
+    """A short sampling loop whose sample [1, 40, 8] depends on the prompt and on the global generator."""
+    x, scale = torch.randn(shape), torch.full((1,), 0.1)
+    for step in range(STEPS):
+        x = x - 0.1 * net(x, torch.full((1,), 1.0 - step / STEPS)) + scale * prompt
+    return x
 
 
-def test_psnr_is_ten_log_of_range_squared_over_the_mean_square_of_each_image():
-    images, reference = pairs()
-    expected = [10 * math.log10(1 / float(((a - b) ** 2).mean())) for a, b in zip(images, reference, strict=True)]
-    assert psnr(images, reference) == pytest.approx(expected, rel=1e-5)
-    wider = [value + 20 * math.log10(2) for value in expected]
-    assert psnr(images, reference, data_range=2.0) == pytest.approx(wider, rel=1e-5)
+def as_image(net: nn.Module, prompt: float) -> Tensor:
+    """The loop with an image [3, 16, 40] in [0, 1] for its sample."""
+    return loop(net, prompt, (1, 240, 8)).sigmoid().reshape(3, 16, 40)
 
 
-def test_equal_images_have_infinite_psnr_and_ssim_of_one():
-    images, reference = pairs()
-    images[1] = reference[1]
-    assert psnr(images, reference)[1] == math.inf
-    assert ssim(images, reference)[1] == pytest.approx(1.0, abs=1e-6)
+@pytest.fixture
+def module() -> nn.Module:
+    return Stack().eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_both_give_one_number_an_image_that_does_not_depend_on_the_others(n: int):
-    images, reference = pairs(n)
-    for measure in (psnr, ssim):
-        alone = [measure(images[i : i + 1], reference[i : i + 1])[0] for i in range(n)]
-        assert measure(images, reference) == pytest.approx(alone, rel=1e-5)
+@pytest.fixture
+def pipe() -> Any:
+    return dcc.demo.load("mmdit")
 
 
-def test_ssim_falls_with_noise():
-    _, reference = pairs(1)
-    noise = torch.randn_like(reference)
-    values = [ssim((reference + level * noise).clamp(0, 1), reference)[0] for level in (0.02, 0.1, 0.5)]
-    assert 1 > values[0] > values[1] > values[2]
+def call(steps: int = 4) -> dict[str, Any]:
+    return dcc.demo.settings("mmdit") | {"num_inference_steps": steps}
 
 
-@pytest.mark.parametrize("measure", [psnr, ssim])
-def test_images_that_do_not_pair_up_are_refused(measure):
-    with pytest.raises(ValueError, match=r"\[2, 3, 8, 8\] and reference \[1, 3, 8, 8\]"):
-        measure(torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ValueError, match="float"):
-        measure(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+WANTED = {
+    "copy": ("interval", {"interval": 2}),
+    "taylor": ("taylorseer", {"interval": 3, "first": 2}),
+    "all": ("interval", {"interval": 1}),
+}
 
 
-def test_generate_seeds_each_prompt_by_its_place():
-    timing = generate(Pipe(), ["a", "b"], seed=5, steps=7)
-    assert timing.images.shape == (2, 3, 16, 16) and timing.images.dtype == torch.float32
-    assert len(timing.seconds) == 2 and all(s > 0 for s in timing.seconds)
-    again = generate(Pipe(), ["b"], seed=6, steps=7)
-    assert torch.equal(timing.images[1:], again.images)
-
-
-def test_compare_warms_up_and_takes_turns():
-    log: list[str] = []
+def test_a_bare_module_with_samples_of_any_shape(module: nn.Module):
     lines: list[str] = []
-    result = compare(Pipe(0, log, "ref"), Pipe(0.1, log, "own"), ["a", "b"], progress=lines.append, steps=7)
-    assert log == ["ref: a", "own: a", "ref: a", "own: a", "ref: b", "own: b"]
-    assert lines[-1] == "image 2 of 2, cached" and len(lines) == 6
-    assert result.psnr == pytest.approx([20, 20], rel=1e-4)
-    assert len(result.ssim) == 2
-    assert result.ratio == result.reference.median / result.cached.median
+    report = dcc.evaluate(
+        module, WANTED, [1.0, 2.0, 3.0], sample=loop, backend="eager", progress=lines.append, data_range=2.0
+    )
+    assert [row.name for row in report.rows] == ["copy", "taylor", "all"]
+    assert report.prompts == ["1.0", "2.0", "3.0"]
+    for row in report.rows:
+        assert row.error is None and len(row.seconds) == len(row.psnr) == len(row.psnr_raw) == 3
+        assert row.ssim == [] and row.pictures == {}
+    assert all(20 < value < 120 for value in report["copy"].psnr)
+    assert all(math.isinf(value) for value in report["all"].psnr)
+    assert report["copy"].notes == [] and "computes every step" in report["all"].notes[0]
+    assert report.reference.notes == [] and report.reference.psnr == []
+    assert lines[0] == "uncached: recording one run"
+    assert lines[-1] == "prompts: 3 of 3, all"
 
 
-def test_the_median_is_over_images():
-    assert Timing(torch.zeros(3, 3, 8, 8), [9.0, 1.0, 2.0]).median == 2.0
+def test_calls_and_memory_are_counted(module: nn.Module):
+    report = dcc.evaluate(module, WANTED, [1.0, 2.0], sample=loop, backend="eager")
+    copy, runs = report["copy"], 3  # a warm-up and two prompts
+    assert (copy.computed, copy.forecast, copy.missed) == (3 * runs, 3 * runs, 0)
+    assert copy.cache_bytes == 40 * 8 * 4 == copy.plan.cache_bytes
+    assert report.reference.cache_bytes == 0 and report.reference.computed == STEPS * runs
+    assert sum(copy.plan.steps_mask) == 3 and copy.plan.speedup == 1.5
 
 
-@pytest.mark.parametrize("prompts", [[], "a red circle"])
-def test_no_prompts_are_refused(prompts):
-    with pytest.raises(PromptError, match="list of at least one string"):
-        compare(Pipe(), Pipe(), prompts, steps=7)
-    with pytest.raises(PromptError, match="list of at least one string"):
-        generate(Pipe(), prompts, steps=7)
+def test_psnr_is_that_of_the_final_samples(module: nn.Module):
+    report = dcc.evaluate(module, WANTED, [1.0, 2.0], sample=loop, backend="eager", seed=7)
+    net = dcc.compile(module, [1.0], policy="interval", interval=2, sample=loop, backend="eager")
+    for i, prompt in enumerate([1.0, 2.0]):
+        samples = []
+        for denoiser in (module, net):
+            torch.manual_seed(7 + i)
+            with torch.no_grad():
+                samples.append(loop(denoiser, prompt))
+        error = (samples[0] - samples[1]).square().mean().item()
+        width = (samples[0].max() - samples[0].min()).item()
+        assert report["copy"].psnr[i] == pytest.approx(10 * math.log10(width**2 / error), rel=1e-4)
+
+
+def test_samples_that_are_images_have_ssim_and_pictures(module: nn.Module):
+    report = dcc.evaluate(module, WANTED, [1.0, 2.0, 3.0], sample=as_image, backend="eager", shown=1)
+    row = report["copy"]
+    assert len(row.ssim) == 3 and all(0 < value <= 1 for value in row.ssim)
+    assert set(row.pictures) == {0, row.worst}
+    reference, own = row.pictures[0]
+    assert reference.shape == own.shape == (3, 16, 40) and reference.dtype == torch.float16
+    assert not torch.equal(reference, own)
+
+
+def test_a_pipeline_is_measured_before_and_after_the_clamp_and_left_as_it_was(pipe: Any):
+    original, prompts = pipe.transformer, dcc.demo.prompts("test")[:3]
+    report = dcc.evaluate(pipe, [("interval", {"interval": 2}), "taylorseer"], prompts, backend="eager", **call())
+    assert pipe.transformer is original
+    assert [row.name for row in report.rows] == ["interval interval=2", "taylorseer"]
+    row = report.rows[0]
+    assert row.error is None and len(row.psnr) == len(row.ssim) == len(row.psnr_raw) == len(row.ssim_raw) == 3
+    assert row.psnr != row.psnr_raw and row.psnr == pytest.approx(row.psnr_raw, abs=1)
+    assert report.reference.plan.steps == 4 and "4 steps" in report.facts["scheduler"]
+
+
+def test_batches_measure_quality_and_single_prompts_time(pipe: Any):
+    prompts = dcc.demo.prompts("test")[:3]
+    kinds = {"copy": ("interval", {"interval": 2})}
+    single = dcc.evaluate(pipe, kinds, prompts, backend="eager", **call(3))["copy"]
+    batched = dcc.evaluate(pipe, kinds, prompts, backend="eager", batch_size=2, **call(3))["copy"]
+    assert batched.psnr == pytest.approx(single.psnr, abs=0.1)
+    assert len(batched.seconds) == 2 and len(single.seconds) == 3
+
+
+def test_a_compiled_model_is_evaluated_and_stays_compiled(pipe: Any, module: nn.Module):
+    prompts = dcc.demo.prompts("test")[:1]
+    dcc.compile(pipe, prompts, policy="interval", interval=2, backend="eager", **call())
+    compiled = pipe.transformer
+    row = dcc.evaluate(pipe, {"mine": compiled.plan}, prompts, backend="eager", **call())["mine"]
+    assert pipe.transformer is compiled and row.error is None and row.plan.schedule == compiled.plan.schedule
+    net = dcc.compile(module, [1.0], policy="interval", sample=loop, backend="eager")
+    assert isinstance(net, CompiledDenoiser)
+    assert dcc.evaluate(net, [net.plan], [1.0], sample=loop, backend="eager").rows[0].error is None
+
+
+def test_what_fails_is_a_row_with_its_error_and_the_others_go_on(module: nn.Module):
+    other = dcc.evaluate(
+        Stack().eval(), ["interval"], [1.0], sample=lambda net, p: loop(net, p)[:, :5], backend="eager"
+    )
+    foreign = Plan(**{**vars(other.rows[0].plan), "model": "feedfeedfeedfeed"})
+    calls = {"n": 0}
+
+    def failing(net: nn.Module, prompt: float) -> Tensor:
+        if isinstance(net, CompiledDenoiser) and net.plan.policy == "taylorseer" and prompt == 2.0:
+            calls["n"] += 1
+            raise RuntimeError("out of memory")
+        sample = loop(net, prompt)
+        first_copy = isinstance(net, CompiledDenoiser) and net.plan.parameters.get("interval") == 4
+        return sample * math.nan if first_copy else sample
+
+    wanted = {
+        "nowhere": ("interval", {"site": "nowhere"}),
+        "zero": ("interval", {"interval": 0}),
+        "foreign": foreign,
+        "fails": "taylorseer",
+        "nan": ("interval", {"interval": 4}),
+        "good": ("interval", {"interval": 2}),
+    }
+    report = dcc.evaluate(module, wanted, [1.0, 2.0, 3.0], sample=failing, backend="eager")
+    errors = {row.name: row.error for row in report.rows}
+    assert errors["good"] is None and len(report["good"].psnr) == 3
+    assert "planning: SiteError: no site 'nowhere'" in errors["nowhere"]
+    assert "interval=0" in errors["zero"] and report["zero"].plan is None
+    assert "another denoiser" in errors["foreign"]
+    assert errors["fails"] == "prompt 2: RuntimeError: out of memory" and calls["n"] == 1
+    assert len(report["fails"].psnr) == 1
+    assert "prompt 1: ValueError" in errors["nan"] and "not finite" in errors["nan"]
+
+
+def test_a_reference_that_fails_is_an_error(module: nn.Module):
+    with pytest.raises(PipelineError, match="not finite"):
+        dcc.evaluate(module, ["interval"], [1.0], sample=lambda net, p: loop(net, p) / 0, backend="eager")
+    with pytest.raises(PipelineError, match="returned None"):
+        dcc.evaluate(module, ["interval"], [1.0], sample=lambda net, p: print(loop(net, p).sum()), backend="eager")
+
+
+def test_a_pipeline_that_fails_gets_its_denoiser_back(pipe: Any, monkeypatch: pytest.MonkeyPatch):
+    original = pipe.transformer
+
+    def fail(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dcc.pipeline.PipelineTarget.generate", fail)
+    with pytest.raises(KeyboardInterrupt):
+        dcc.evaluate(pipe, ["interval"], ["a red circle"], backend="eager", **call(2))
+    assert pipe.transformer is original
+
+
+def test_names_are_made_up_readably():
+    entries = [
+        "interval",
+        ("taylorseer", {"interval": 4, "order": 2}),
+        "interval",
+        ("interval", {"steps_mask": [1, 0]}),
+    ]
+    assert list(named(entries)) == [
+        "interval",
+        "taylorseer interval=4 order=2",
+        "interval #2",
+        "interval steps_mask=10",
+    ]
+    (long,) = named([("interval", {"steps_mask": [1, 0] * 50})])
+    assert len(long) == 48 and long.endswith("…")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ([], "is empty"),
+        ("interval", "must be a list, or a dict"),
+        ([3], "entry 0 of plans_or_policies must be a dcc.Plan"),
+        ({"mine": ("interval", 3)}, "entry mine"),
+        (["magic"], "'magic'; there are: interval"),
+        ({"mine": ("interval", {"order": 1})}, "entry mine: policy 'interval' takes no parameter 'order'"),
+        ({"uncached": "interval"}, "'uncached' is taken"),
+    ],
+)
+def test_malformed_entries_are_refused_before_any_work(wanted: Any, message: str):
+    with pytest.raises(PolicyError, match=message):
+        dcc.evaluate(None, wanted, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"prompts": []}, PromptError, "at least one prompt"),
+        ({"backend": "gcc"}, LoweringError, "'gcc'"),
+        ({"batch_size": 0}, PipelineError, "batch_size=0"),
+        ({"data_range": 0}, PipelineError, "data_range=0"),
+        ({"interval": 3}, PipelineError, "unknown keyword 'interval'.*go beside its name"),
+    ],
+)
+def test_bad_arguments_are_refused(module: nn.Module, arguments: dict[str, Any], error: type[Exception], message: str):
+    given = {"prompts": [1.0], "sample": loop, "backend": "eager"} | arguments
+    with pytest.raises(error, match=message):
+        dcc.evaluate(module, ["interval"], **given)

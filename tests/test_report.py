@@ -1,185 +1,193 @@
-"""The picture's panels, read back pixel by pixel; the tables at the widths of real terminals."""
+"""A report's files and tables: what they say, that they are whole, and that nothing is left out."""
 
 from __future__ import annotations
 
+import csv
+import json
+import math
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
-from torch import Tensor
 
-from dcc.evaluate import Comparison, Timing
 from dcc.plan import Plan, make_plan, with_costs
 from dcc.predictors import Predictor
-from dcc.report import (
-    COLUMNS,
-    GAP,
-    LABEL,
-    LARGEST,
-    PANEL,
-    decibels,
-    demo_table,
-    human_seconds,
-    plan_table,
-    save_grid,
-    steps_table,
-)
+from dcc.report import Report, Row
+from dcc.scatter import Point, scatter
 from dcc.text import render
 
-CAPTION = "a small green circle left of a large orange triangle on a white background"
+PROMPTS = ["a red circle", "a <b>bold</b> square", "a green cross", "two stars"]
 
 
-def flat(*values: float, size: int = 64) -> Tensor:
-    """Images [n, 3, size, size], each of one grey value."""
-    return torch.tensor(values)[:, None, None, None].expand(-1, 3, size, size)
-
-
-def read(path: Path) -> np.ndarray:
-    """Pixels [height, width, 3] from 0 to 255."""
-    return np.asarray(Image.open(path).convert("RGB"))
-
-
-def panel_rows(pixels: np.ndarray, x: int) -> list[tuple[int, int, int]]:
-    """Runs of equal, not white pixels down column x that are as tall as a panel: (top, height, grey)."""
-    column, runs, start = pixels[:, x, 0].astype(int), [], 0
-    for y in range(1, len(column) + 1):
-        if y == len(column) or column[y] != column[start]:
-            if y - start > PANEL // 2 and column[start] != 255:
-                runs.append((start, y - start, int(column[start])))
-            start = y
-    return runs
-
-
-def a_plan(steps: int = 50, full_every: int = 4) -> Plan:
+def a_plan(full_every: int, sites: tuple[str, ...] = ("stack",), steps: int = 12) -> Plan:
     plan = make_plan(
         model="0123456789abcdef",
-        scheduler="FlowMatchEulerDiscreteScheduler",
+        scheduler="DDIMScheduler",
         levels=[1 - s / steps for s in range(steps)],
-        sites=["stack"],
-        schedule=[[s % full_every == 0] for s in range(steps)],
-        predictors=[Predictor("taylor", 1)],
-        policy="taylorseer",
-        parameters={"interval": full_every, "site": "blocks[0:2]"},
+        sites=sites,
+        schedule=[[s % full_every == 0] * len(sites) for s in range(steps)],
+        predictors=[Predictor("copy")] * len(sites),
+        policy="interval",
+        parameters={"interval": full_every},
     )
-    return with_costs(plan, {(1,): 10**9, (0,): 10**7}, 40 * 1024)
+    return with_costs(plan, {(1,) * len(sites): 10**9, (0,) * len(sites): 10**7}, 40 * 1024)
 
 
-def a_comparison() -> Comparison:
-    images = torch.rand(3, 3, 8, 8)
-    return Comparison(
-        Timing(images, [12.5, 11.0, 13.0]), Timing(images, [4.1, 4.0, 5.0]), [31.5, 28.25, 40.0], [0.9, 0.95, 1.0]
+def a_row(name: str, every: int, base: float, seconds: float, pictures: bool = True) -> Row:
+    row = Row(name, a_plan(every), [seconds] * 4)
+    for i in range(4):
+        row.psnr.append(base + (i - 2) ** 2)
+        row.psnr_raw.append(row.psnr[-1] - 0.5)
+        row.ssim.append(0.9)
+        row.ssim_raw.append(0.89)
+        if pictures:
+            row.keep(i, torch.full((3, 16, 16), 0.5).half(), torch.full((3, 16, 16), 0.5 + i / 10).half(), 1)
+    return row
+
+
+def a_report() -> Report:
+    broken = Row("broken", None, error="planning: SiteError: no site 'x'")
+    same = Row("the same", a_plan(1), [1.0] * 4, [math.inf] * 4, [1.0] * 4, [math.inf] * 4, [1.0] * 4)
+    noted = a_row("copy 4", 4, 25.0, 0.3)
+    noted.notes.append("variant row1 runs eagerly: Inductor: no compiler")
+    return Report(
+        Row("uncached", a_plan(1), [1.0] * 4),
+        [a_row("copy 3", 3, 31.0, 0.4), noted, broken, same],
+        PROMPTS,
+        {"denoiser": "Net", "scheduler": "DDIMScheduler, 12 steps", "prompts": "4 prompts, seeds from 0"}
+        | {"backend": "eager", "device": "cpu"},
+        shown=1,
     )
 
 
-def test_a_grid_has_a_row_for_each_kind_and_a_column_for_each_prompt(tmp_path):
-    path = tmp_path / "grid.png"
-    save_grid(
-        path, ["one", CAPTION, "three"], flat(0.2, 0.4, 0.6), flat(0.3, 0.4, 0.5), "title", ["30 dB"] * 3, amplify=4
-    )
-    pixels = read(path)
-    assert pixels.shape[1] == LABEL + 3 * (PANEL + GAP)
-    greys = []
-    for column in range(3):
-        rows = panel_rows(pixels, LABEL + column * (PANEL + GAP) + PANEL // 2)
-        assert [height for _, height, _ in rows] == [PANEL] * 3
-        greys.append([grey / 255 for _, _, grey in rows])
-    expected = [[0.2, 0.3, 0.4], [0.4, 0.4, 0.0], [0.6, 0.5, 0.4]]
-    assert np.allclose(greys, expected, atol=0.01)
+class Links(HTMLParser):
+    """Every address that a page loads or links to, and its visible text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
 
 
-@pytest.mark.parametrize(("difference", "grey"), [(0.0, 0.0), (0.001, 0.064), (0.1, 0.8), (0.4, 0.8), (0.9, 0.9)])
-def test_differences_are_amplified_as_far_as_they_fit(tmp_path, difference: float, grey: float):
-    save_grid(tmp_path / "grid.png", ["a"], flat(0.0), flat(difference))
-    assert panel_rows(read(tmp_path / "grid.png"), LABEL + PANEL // 2)[-1][2] / 255 == pytest.approx(grey, abs=0.01)
+def test_only_the_first_and_the_worst_pictures_are_kept():
+    row = a_row("copy", 3, 30.0, 1.0)
+    assert row.worst == 2 and set(row.pictures) == {0, 2}
 
 
-def test_pixels_are_enlarged_to_squares_without_smoothing(tmp_path):
-    board = (torch.arange(64)[:, None] + torch.arange(64)[None]).remainder(2).float().expand(1, 3, -1, -1)
-    save_grid(tmp_path / "grid.png", ["a"], board, board)
-    pixels = read(tmp_path / "grid.png")[:, LABEL : LABEL + PANEL, 0]
-    top = next(y for y in range(len(pixels)) if (pixels[y] == 0).sum() == PANEL // 2)
-    scale = PANEL // 64
-    assert np.array_equal(pixels[top : top + PANEL], np.kron(board[0, 0].numpy(), np.ones((scale, scale))) * 255)
+def test_speed_up_compares_the_runs_that_both_made():
+    report = a_report()
+    assert report.speedup(report["copy 3"]) == pytest.approx(2.5)
+    report.reference.seconds[:] = [1.0, 1.0, 9.0, 9.0]
+    assert report.speedup(Row("x", None, [0.5, 0.5])) == pytest.approx(2.0)
+    assert math.isnan(report.speedup(report["broken"]))
 
 
-def test_more_prompts_than_columns_make_another_band(tmp_path):
-    n = COLUMNS + 2
-    values = [0.5] * n
-    save_grid(tmp_path / "grid.png", ["caption"] * n, flat(*values), flat(*values))
-    pixels = read(tmp_path / "grid.png")
-    assert pixels.shape[1] == LABEL + COLUMNS * (PANEL + GAP)
-    assert len(panel_rows(pixels, LABEL + PANEL // 2)) == 6
-    assert len(panel_rows(pixels, LABEL + (COLUMNS - 1) * (PANEL + GAP) + PANEL // 2)) == 3
+def test_a_row_is_found_by_its_name():
+    with pytest.raises(KeyError, match="copy 3, copy 4, broken"):
+        a_report()["missing"]
 
 
-def test_large_and_oblong_images_are_shrunk(tmp_path):
-    images = torch.rand(1, 3, 512, 1024)
-    save_grid(tmp_path / "grid.png", ["a"], images, images)
-    pixels = read(tmp_path / "grid.png")
-    assert pixels.shape[1] == LABEL + LARGEST + GAP
-    assert pixels.shape[0] > 3 * LARGEST // 2
+def test_json_has_every_number_and_is_strict(tmp_path: Path):
+    a_report().to_json(tmp_path / "r.json")
+    data = json.loads((tmp_path / "r.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    rows = {row["name"]: row for row in data["rows"]}
+    assert list(rows) == ["copy 3", "copy 4", "broken", "the same"]
+    assert rows["copy 3"]["samples"]["psnr"] == [35.0, 32.0, 31.0, 32.0] and rows["copy 3"]["psnr_worst"] == 31.0
+    assert rows["copy 3"]["psnr_mean"] == 32.5 and rows["copy 3"]["psnr_raw_worst"] == 30.5
+    assert rows["copy 3"]["schedule"][:4] == [[1], [0], [0], [1]] and rows["copy 3"]["parameters"] == {"interval": 3}
+    assert float(rows["the same"]["psnr_mean"]) == math.inf
+    assert rows["broken"]["error"].startswith("planning: SiteError") and rows["broken"]["speedup_flops"] is None
+    assert rows["copy 4"]["notes"] == ["variant row1 runs eagerly: Inductor: no compiler"]
+    assert data["facts"]["device"] == "cpu" and data["reference"]["latency_seconds"] == 1.0
 
 
-def test_captions_are_text_not_formulas_and_title_is_optional(tmp_path):
-    save_grid(tmp_path / "grid.png", ["costs $5 to _draw^ $"], flat(0.1), flat(0.1))
-    assert read(tmp_path / "grid.png").size
+def test_csv_has_a_line_a_plan(tmp_path: Path):
+    a_report().to_csv(tmp_path / "r.csv")
+    with open(tmp_path / "r.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["name"] for line in lines] == ["uncached", "copy 3", "copy 4", "broken", "the same"]
+    assert float(lines[1]["speedup_measured"]) == pytest.approx(2.5)
+    assert lines[3]["error"] == "planning: SiteError: no site 'x'" and lines[3]["psnr_mean"] == ""
+    assert float(lines[4]["psnr_mean"]) == math.inf
 
 
-def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "grid.png"
-    path.write_bytes(b"old")
+def test_the_page_is_self_contained_and_says_everything(tmp_path: Path):
+    a_report().save_html(tmp_path / "r.html")
+    html = (tmp_path / "r.html").read_text()
+    page = Links()
+    page.feed(html)
+    assert page.addresses and all(address.startswith("data:image/") for address in page.addresses)
+    assert not re.search(r"url\(|@import|<script", html)
+    for text in ("copy 3", "2.50x", "31.0 dB", "failed: planning: SiteError", "note: variant row1", "DDIMScheduler"):
+        assert text in page.text
+    assert "a <b>bold</b> square" not in html  # escaped
+    assert "Worst prompt of each plan" in page.text and "prompt 3: a green cross" in page.text
+    # the plot; 3 pictures a worst prompt of two plans; reference, and own and difference of two plans, of one prompt
+    assert len(page.addresses) == 1 + 3 * 2 + 1 + 2 * 2
+    assert html.count("<rect") == 12 * 3
 
-    def fail(self: Figure, target: Path, **kwargs: object) -> None:
-        Path(target).write_bytes(b"half")
+
+def test_a_page_without_pictures_or_any_success(tmp_path: Path):
+    report = a_report()
+    report.rows = [a_row("latents", 3, 30.0, 0.5, pictures=False), report["broken"]]
+    report.save_html(tmp_path / "r.html")
+    assert "Worst prompt" not in (tmp_path / "r.html").read_text()
+    report.rows = [report["broken"]]
+    report.save_html(tmp_path / "r.html")
+    html = (tmp_path / "r.html").read_text()
+    assert "SiteError" in html and "Fidelity against" not in html and "Schedules" not in html
+
+
+def test_sites_with_one_schedule_share_a_line(tmp_path: Path):
+    report = a_report()
+    report.rows = [a_row("many", 3, 30.0, 0.5)]
+    report.rows[0].plan = a_plan(3, ("attn", "mlp", "norm"))
+    report.save_html(tmp_path / "r.html")
+    html = (tmp_path / "r.html").read_text()
+    assert "attn and 2 more" in html and html.count("<rect") == 12
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "r.html"
+    path.write_text("old")
+
+    def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_grid(path, ["a"], flat(0.1), flat(0.1))
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr("os.replace", fail)
+    for write in (a_report().save_html, a_report().to_csv, a_report().to_json):
+        with pytest.raises(OSError, match="disk full"):
+            write(path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_images_and_prompts_must_pair_up(tmp_path):
-    with pytest.raises(ValueError, match="2 prompts need as many images"):
-        save_grid(tmp_path / "grid.png", ["a", "b"], flat(0.1), flat(0.1))
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_fits_and_cuts_nothing_off(width: int):
+    report = a_report()
+    report.rows[0].name = "taylorseer interval=4 order=1 site=blocks[0:12]"
+    text = render(report, width)
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for part in ("2.50x", "4/12", "failed", "same", "31.0", "0.900"):
+        assert part in text
+    assert "broken: failed: planning: SiteError" in text and "copy 4: note: variant row1" in " ".join(text.split())
 
 
-@pytest.mark.parametrize("width", [60, 80, 100])
-def test_tables_fit_the_terminal_and_cut_nothing_off(width: int):
-    tables = [demo_table(a_comparison(), a_plan()), plan_table(a_plan()), steps_table(a_plan())]
-    for text in (render(table, width) for table in tables):
-        assert max(map(len, text.splitlines())) <= width
-        assert "…" not in text
+def test_str_is_the_table_at_80_columns():
+    assert str(a_report()) == render(a_report(), 80)
 
 
-def test_the_demo_table_says_what_was_measured():
-    plan = a_plan()
-    text = render(demo_table(a_comparison(), plan), 60)
-    ratio = 12.5 / 4.1
-    for value in ("12.50 s", "4.10 s", f"{ratio:.2f}x", f"{plan.speedup:.2f}x", f"{ratio / plan.speedup:.0%}"):
-        assert value in text
-    for value in ("33.2 dB", "28.2 dB", "0.9500", "80.0 KiB", "13 of 50", "50 of 50"):
-        assert value in text
-
-
-def test_a_plan_whose_every_step_computes_has_a_table():
-    assert "1.00x" in render(plan_table(a_plan(full_every=1)), 60)
-
-
-def test_plan_tables_show_parameters_mask_and_anchors():
-    text = render(plan_table(a_plan(steps=8)), 60)
-    assert "taylorseer(interval=4, site=blocks[0:2])" in text
-    assert "10001000" in text
-    lines = render(steps_table(a_plan(steps=8)), 60).splitlines()
-    assert len(lines) == 9
-    assert "computed" in lines[1] and "+1 of 0" in lines[2] and "of 4" in lines[6] and "of 0" in lines[6]
-
-
-def test_units():
-    assert [human_seconds(s) for s in (0.0421, 0.9999, 2.5)] == ["42 ms", "1.00 s", "2.50 s"]
-    assert [decibels(v) for v in (31.24, float("inf"))] == ["31.2 dB", "identical"]
+def test_points_of_the_plot_are_all_there_whatever_their_values():
+    points = [Point(f"a plan with a long name, number {i}", 2.0, 30.0, 28.0, "#1f77b4") for i in range(12)]
+    points += [Point("identical $5_x^", 1.0, math.inf, math.inf, "#ff7f0e")]
+    svg = scatter({"FLOPs": points, "measured": points})
+    assert svg == scatter({"FLOPs": points, "measured": points})  # the same file for the same numbers
+    assert svg.count("#ff7f0e") >= 2
+    assert "<svg" in scatter({"FLOPs": points[-1:]})

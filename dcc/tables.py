@@ -1,0 +1,75 @@
+"""Tables for the terminal: what a plan decides, and what a caching demo measured."""
+
+from __future__ import annotations
+
+import statistics
+
+from rich.table import Table
+from rich.text import Text
+
+from dcc.plan import Plan
+from dcc.quality import mean_psnr
+from dcc.report import Report, Row
+from dcc.text import decibels, human_bytes, human_seconds
+
+
+def demo_table(report: Report, row: Row, title: str | None = None) -> Table:
+    """Latency, fidelity and cost of one plan of a report against the uncached pipeline; 54 columns wide.
+
+    `row` is one that has not failed.
+    """
+    plan, speedup = row.plan, report.speedup(row)
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("uncached", justify="right", no_wrap=True)
+    table.add_column("cached", justify="right", no_wrap=True)
+    table.add_row("latency per image (median)", human_seconds(report.reference.latency), human_seconds(row.latency))
+    table.add_row("full steps", f"{plan.steps} of {plan.steps}", f"{sum(plan.steps_mask)} of {plan.steps}")
+    table.add_row("cache", "none", human_bytes(plan.cache_bytes), end_section=True)
+    table.add_row("[bold]speed-up[/]", "", f"[bold]{speedup:.2f}x[/]")
+    table.add_row("ideal speed-up (denoiser FLOPs)", "", f"{plan.speedup:.2f}x")
+    table.add_row("share of the ideal", "", f"{speedup / plan.speedup:.0%}", end_section=True)
+    table.add_row("PSNR, mean", "", f"[bold]{decibels(mean_psnr(row.psnr))}[/]")
+    table.add_row("PSNR, worst image", "", decibels(min(row.psnr)))
+    table.add_row("SSIM, mean", "", f"{statistics.fmean(row.ssim):.4f}")
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a plan decides and expects, as names and values that wrap at any width."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    parameters = ", ".join(f"{name}={value}" for name, value in plan.parameters.items())
+    table.add_row("policy", Text(f"{plan.policy}({parameters})"))
+    table.add_row("model", Text(plan.model))
+    table.add_row("scheduler", Text(f"{plan.scheduler}, levels {plan.levels[0]:.4g} to {plan.levels[-1]:.4g}"))
+    table.add_row("full steps", f"{sum(plan.steps_mask)} of {plan.steps}, {len(plan.rows)} variants")
+    for k, site in enumerate(plan.sites):
+        table.add_row("site", Text(f"{site}, up to {plan.anchors} anchors"))
+        # full steps stand out by weight and, without colours, as 1 against 0
+        mask = Text()
+        for row in plan.schedule:
+            mask.append(str(row[k]), "bold green" if row[k] else "dim")
+        table.add_row("  steps", mask)
+    table.add_row("expected", f"{plan.speedup:.2f}x fewer denoiser FLOPs")
+    table.add_row("", f"{plan.flops_uncached / 1e9:.2f} to {plan.flops / 1e9:.2f} GFLOP a run and stream")
+    table.add_row("cache", f"{human_bytes(plan.cache_bytes)} a stream")
+    return table
+
+
+def steps_table(plan: Plan) -> Table:
+    """Each step of a plan: its noise level, what it does with each site, and the weights of the anchors it reads."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("step", justify="right")
+    table.add_column("level", justify="right")
+    for site in plan.sites:
+        table.add_column(Text(site))
+    for step, level in enumerate(plan.levels):
+        cells = []
+        for k in range(len(plan.sites)):
+            weights = plan.coefficients[step][k]
+            terms = [f"{w:+.3g} of {s}" for w, s in zip(weights, plan.anchor_steps(step, k), strict=False)]
+            cells.append(Text(", ".join(terms), "dim") if weights else Text("computed", "green"))
+        table.add_row(str(step), f"{level:.4g}", *cells)
+    return table
