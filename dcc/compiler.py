@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dcc import mapping
 from dcc.build import build, cost
 from dcc.capture import Call, capture
 from dcc.errors import LoweringError, PlanError, PolicyError
@@ -25,8 +26,8 @@ from dcc.pipeline import (
     restore_target,
 )
 from dcc.plan import Plan, make_plan
-from dcc.planning import DEFAULT_EFFORT, Subject, goal_of, plan_within
-from dcc.policies import DEFAULT_SITE, make_policy, parameter_names
+from dcc.planning import DEFAULT_EFFORT, Subject, budget_of, plan_within
+from dcc.policies import DEFAULT_SITE, POLICIES, make_policy, parameter_names
 from dcc.record import Recording
 from dcc.runtime import CompiledDenoiser
 from dcc.sites import Sites, find_sites
@@ -85,6 +86,7 @@ def compile(
     policy_kwargs, call_kwargs = _split(model, policy, plan, backend, budgets, parameters)
     target = make_target(model, sample, call_kwargs)
     prompts = check_prompts(calib_prompts, text=not isinstance(model, nn.Module))
+    budget = None if policy or plan else budget_of(**budgets, effort=effort, prompts=prompts)
 
     # one real run: noise levels, streams, which inputs move; and the inputs of a batch of two
     say("recording one run")
@@ -101,10 +103,9 @@ def compile(
     # which of them to compute or forecast at which step: given, a published policy, or searched within a budget
     if plan is None and policy is not None:
         plan = plan_for(policy, policy_kwargs, sites, run, target)
-    if plan is None:
-        goal = goal_of(speedup, quality, latency, cache_bytes)
+    if budget is not None:
         subject = Subject(target, run, captured, sites, backend)
-        plan = plan_within(subject, goal, prompts, effort=effort, seed=seed, data_range=data_range, progress=say)
+        plan = plan_within(subject, budget, prompts, seed=seed, data_range=data_range, progress=say)
     check_plan(plan, run, target)
     plan = cost(plan, sites)
 
@@ -162,15 +163,13 @@ def check_plan(plan: Plan, run: Recording, target: Target) -> None:
         raise PlanError(
             f"the plan is for scheduler {plan.scheduler}, this run uses {target.scheduler}; plan for this one"
         )
-    if plan.steps != len(run.levels):
-        raise PlanError(
-            f"the plan has {plan.steps} steps, this run has {len(run.levels)}; pass num_inference_steps={plan.steps} "
-            "or plan for this step count"
-        )
+    if all(mapping.position(plan.levels, level) is not None for level in run.levels):
+        return
     if not torch.allclose(torch.tensor(plan.levels), torch.tensor(run.levels), rtol=1e-3):
         raise PlanError(
-            f"the plan's noise levels ({plan.levels[0]:.5g} ... {plan.levels[-1]:.5g}) are not this run's "
-            f"({run.levels[0]:.5g} ... {run.levels[-1]:.5g}); the scheduler's settings differ, plan for this one"
+            f"the plan's {plan.steps} noise levels ({plan.levels[0]:.5g} ... {plan.levels[-1]:.5g}) do not cover this "
+            f"run's {len(run.levels)} ({run.levels[0]:.5g} ... {run.levels[-1]:.5g}); the scheduler's settings differ, "
+            "plan for this one"
         )
 
 
@@ -227,21 +226,13 @@ def plan(
     """
     target = make_target(model, sample, call_kwargs)
     checked = check_prompts(prompts, text=not isinstance(model, nn.Module))
-    goal = goal_of(speedup, quality, latency, cache_bytes)
+    budget = budget_of(speedup, quality, latency, cache_bytes, effort, checked)
     run, wide = record(target, checked)
     captured = capture(target.module, wide)
     captured.varying = run.varying
     subject = Subject(target, run, captured, find_sites(captured, run.first), backend)
-    return plan_within(
-        subject,
-        goal,
-        checked,
-        effort=effort,
-        seed=seed,
-        data_range=data_range,
-        profile=profile,
-        progress=progress or (lambda line: None),
-    )
+    say = progress or (lambda line: None)
+    return plan_within(subject, budget, checked, seed=seed, data_range=data_range, progress=say, profile=profile)
 
 
 def _split(
@@ -265,6 +256,12 @@ def _split(
     own = parameter_names(policy) if policy is not None else []
     known = call_parameters(model)
     unknown = [name for name in parameters if name not in own and name not in known]
+    owners = [p for p in POLICIES if policy is None and plan is None and set(unknown) & set(parameter_names(p))]
+    if owners:
+        raise PolicyError(
+            f"{', '.join(unknown)}: a parameter of a policy; name it, e.g. policy={owners[0]!r}, or give a budget "
+            "(speedup=, quality=) and leave it out"
+        )
     if unknown:
         raise PolicyError(
             f"unknown keyword {', '.join(map(repr, unknown))}: neither a parameter of "

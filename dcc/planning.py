@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,7 +25,10 @@ from dcc.proxy import DenoiserProxy
 from dcc.record import Recording
 from dcc.runtime import CompiledDenoiser, Family
 from dcc.sites import Sites
-from dcc.solver import Goal, Problem, solve, split
+from dcc.solver import EFFORTS, Goal, Problem, solve, split
+
+if TYPE_CHECKING:
+    from dcc.profile import Profile
 
 DEFAULT_EFFORT = "normal"
 DEFAULT_QUALITY = 35.0  # dB; differences are then hard to see side by side
@@ -87,20 +90,34 @@ class Budget:
     """A goal as the user names it; `latency` in milliseconds becomes a speed-up once a run has been timed."""
 
     goal: Goal | None
-    latency: float | None = None
-    cache_bytes: int | None = None
+    latency: float | None
+    cache_bytes: int | None
+    effort: str
 
 
-def goal_of(speedup: float | None, quality: float | None, latency: float | None, cache_bytes: int | None) -> Budget:
-    """The budget named by compile's keywords; the default quality where none is. Raises BudgetError for bad ones."""
+def budget_of(
+    speedup: float | None,
+    quality: float | None,
+    latency: float | None,
+    cache_bytes: int | None,
+    effort: str,
+    prompts: Sequence[Any],
+) -> Budget:
+    """The budget named by compile's keywords; the default quality where none is.
+
+    Raises BudgetError for bad ones and PromptError for too few prompts, before any work.
+    """
     named = [n for n, v in {"speedup": speedup, "quality": quality, "latency": latency}.items() if v is not None]
     if len(named) > 1:
         raise BudgetError(f"{' and '.join(named)} are two budgets; name one (cache_bytes combines with any)")
+    if effort not in EFFORTS:
+        raise BudgetError(f"unknown effort {effort!r}; there are: {', '.join(EFFORTS)}")
     if latency is not None:
         if isinstance(latency, bool) or not isinstance(latency, (int, float)) or not latency > 0:
             raise BudgetError(f"latency={latency!r} must be a positive number of milliseconds")
-        return Budget(None, float(latency), cache_bytes)
-    return Budget(Goal(speedup, quality if named else DEFAULT_QUALITY, cache_bytes))
+    goal = Goal(speedup, quality if named else DEFAULT_QUALITY, cache_bytes) if latency is None else None
+    split(prompts)
+    return Budget(goal, latency, cache_bytes, effort)
 
 
 def plan_within(
@@ -108,11 +125,10 @@ def plan_within(
     budget: Budget,
     prompts: Sequence[Any],
     *,
-    effort: str,
     seed: int,
     data_range: float | None,
     progress: Callable[[str], None],
-    profile: Any = None,
+    profile: Profile | None = None,
 ) -> Plan:
     """The best plan for a budget, searched on `prompts`; the noise of prompt i comes from seed + i."""
     fitting, held_back = split(prompts)
@@ -135,7 +151,7 @@ def plan_within(
         plan=subject.plan,
         fewer=lambda steps: _fewer_steps(loops[1], steps),
     )
-    return solve(problem, goal, effort, seed, progress)
+    return solve(problem, goal, budget.effort, seed, progress)
 
 
 def _loop(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dcc import mapping
 from dcc.capture import Call, Captured, bind, capture
 from dcc.errors import CaptureError, PositionError
 from dcc.lower import Program, Variant, lower
@@ -66,10 +67,10 @@ class CompiledDenoiser(DenoiserProxy):
             family = self.family(call)
             step, key, owners = self._locate(call)
             stream = self._stream(step, key, owners)
-            row = self._row(family, stream, step)
-            outputs = self.run(family, call, stream, row, step)
-            stream.step = step
-            if step == self.plan.steps - 1:
+            row, weights = self._decide(family, stream, step)
+            outputs = self.run(family, call, stream, row, step, weights)
+            last, stream.step = stream.step, step
+            if mapping.ends(self.plan, last, step) if stream.served else step == self.plan.steps - 1:
                 self.sessions.close(key)
         return pytree.tree_unflatten(outputs, family.captured.out_spec)
 
@@ -102,8 +103,19 @@ class CompiledDenoiser(DenoiserProxy):
             self.families[-1].proven.add(shapes)
             return self.families[-1]
 
-    def run(self, family: Family, call: Call, stream: Stream, row: tuple[int, ...], step: int) -> list[Tensor]:
-        """Runs one variant: binds its inputs by name, keeps its writes in `stream`, returns the denoiser's outputs."""
+    def run(
+        self,
+        family: Family,
+        call: Call,
+        stream: Stream,
+        row: tuple[int, ...],
+        step: float,
+        weights: tuple[tuple[float, ...], ...],
+    ) -> list[Tensor]:
+        """Runs one variant: binds its inputs by name, keeps its writes in `stream`, returns the denoiser's outputs.
+
+        `weights` are the coefficients of each forecast selector.
+        """
         variant = family.variants[row]
         if self.backend == "inductor" and family.captured.problem is None:
             call = call.contiguous()  # only here: the identity of the caller's own tensors tells requests apart
@@ -112,7 +124,7 @@ class CompiledDenoiser(DenoiserProxy):
             for site in sites if not row[k] else ():
                 self._bind_anchors(values, site, stream)
         if COEFFICIENTS in variant.inputs:
-            values[COEFFICIENTS] = self._coefficients(step, row, call)
+            values[COEFFICIENTS] = self._coefficients(weights, call)
         inputs = [values[name] for name in variant.inputs]
         outputs = self.program(variant, call, inputs)(inputs)
         written = dict(zip(variant.writes, outputs[variant.outputs :], strict=True))
@@ -133,7 +145,7 @@ class CompiledDenoiser(DenoiserProxy):
             for index, row in enumerate(self.plan.rows):
                 say(f"lowering variant {index + 1} of {len(self.plan.rows)}")
                 step = self.plan.schedule.index(row) if row in self.plan.schedule else 0
-                self.run(family, call, stream, row, step)
+                self.run(family, call, stream, row, step, self._planned(step, row))
 
     def program(self, variant: Variant, call: Call, inputs: Sequence[Tensor]) -> Program:
         """The variant lowered for calls of these shapes; lowers it where it is not yet.
@@ -168,7 +180,7 @@ class CompiledDenoiser(DenoiserProxy):
         """What was planned and what really happened so far; prints as a table."""
         return Summary.of(self)
 
-    def _locate(self, call: Call) -> tuple[int, tuple[Any, ...], tuple[Tensor, ...]]:
+    def _locate(self, call: Call) -> tuple[float, tuple[Any, ...], tuple[Tensor, ...]]:
         """The step, the stream's key and the tensors whose identity is part of that key."""
         by_name = dict(zip(call.names, call.tensors, strict=True))
         owners = tuple(by_name[name] for name in self.recording.keys if name in by_name)
@@ -181,16 +193,15 @@ class CompiledDenoiser(DenoiserProxy):
         live = self.sessions.find(key)
         return self._step(by_name, live.step if live else -1), key, owners
 
-    def _step(self, by_name: dict[str, Tensor], last: int) -> int:
-        """The step of a call, from `cache_context` or the timestep value; the first fitting one after `last`."""
+    def _step(self, by_name: dict[str, Tensor], last: float) -> float:
+        """The step of a call, from `cache_context` or the timestep value; the first fitting one after `last`.
+
+        A whole number at the plan's own levels; between them a fractional one.
+        """
         context, plan = self.position, self.plan
         if context is not None and context.step_index is not None:
-            if (context.num_inference_steps or plan.steps) != plan.steps or not 0 <= context.step_index < plan.steps:
-                raise PositionError(
-                    f"step {context.step_index} of {context.num_inference_steps} does not fit a plan of {plan.steps} "
-                    f"steps; compile again with num_inference_steps={context.num_inference_steps}"
-                )
-            return context.step_index
+            if (context.num_inference_steps or plan.steps) == plan.steps and 0 <= context.step_index < plan.steps:
+                return context.step_index
         time = self.recording.time
         if time is None:
             raise PositionError(
@@ -207,30 +218,75 @@ class CompiledDenoiser(DenoiserProxy):
         tolerance = TIME_TOLERANCE * min(gaps, default=max(abs(value), 1.0))
         fitting = [s for s, level in enumerate(plan.levels) if abs(level - value) <= tolerance]
         if not fitting:
-            raise PositionError(
-                f"{time}={value:.6g} is not among the plan's {plan.steps} levels ({plan.levels[0]:.6g} to "
-                f"{plan.levels[-1]:.6g}): this run has another step count, schedule or scheduler ({plan.scheduler}) "
-                "than the plan; dcc.restore the pipeline and compile it with this run's num_inference_steps"
-            )
+            between = mapping.position(plan.levels, value)
+            if between is None:
+                raise PositionError(
+                    f"{time}={value:.6g} is outside the plan's levels ({plan.levels[0]:.6g} to {plan.levels[-1]:.6g}): "
+                    f"this run has another scheduler than the plan ({plan.scheduler}); dcc.restore the pipeline and "
+                    "compile it for this run"
+                )
+            return between
         return next((s for s in fitting if s > last), fitting[0])
 
-    def _stream(self, step: int, key: tuple[Any, ...], owners: tuple[Tensor, ...]) -> Stream:
+    def _stream(self, step: float, key: tuple[Any, ...], owners: tuple[Tensor, ...]) -> Stream:
         live = self.sessions.find(key)
         name = key[1] or "main"
         return self.sessions.open(key, name, owners, restart=live is not None and step <= live.step)
 
-    def _row(self, family: Family, stream: Stream, step: int) -> tuple[int, ...]:
-        """The plan's row, or the all-compute row where anchors that the plan counts on are not there."""
-        planned = self.plan.schedule[step]
+    def _decide(
+        self, family: Family, stream: Stream, step: float
+    ) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+        """The plan's row and coefficients, or the all-compute row where anchors that the plan counts on are missing."""
+        if stream.served or step != int(step):
+            return self._decide_between(family, stream, step)
+        planned = self.plan.schedule[int(step)]
         full = (1,) * len(planned)
         for k, computed in enumerate(planned):
             if not computed:
-                needed = self.plan.anchor_steps(step, k)[: len(self.plan.coefficients[step][k])]
+                needed = self.plan.anchor_steps(int(step), k)[: len(self.plan.coefficients[int(step)][k])]
                 if any(stream.steps(site.name)[: len(needed)] != needed for site in family.selectors[k]):
+                    if (
+                        stream.step >= 0 and int(stream.step) < step - 1
+                    ):  # a coarser run, whose levels are all the plan's
+                        return self._decide_between(family, stream, step)
                     self.sessions.count("missed")
-                    return full
+                    return full, ()
         self.sessions.count("computed" if planned == full else "forecast")
-        return planned
+        return planned, self._planned(int(step), planned)
+
+    def _decide_between(
+        self, family: Family, stream: Stream, step: float
+    ) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+        """Row and coefficients of a call at a noise level between the plan's: see mapping.py."""
+        plan, last = self.plan, stream.step if stream.step >= 0 else None
+        served = stream.served or [
+            -1 if last is None else mapping.due(plan, k, -1, last, last) for k in range(len(plan.sites))
+        ]
+        reached = [mapping.due(plan, k, served[k], last, step) for k in range(len(plan.sites))]
+        row = tuple(
+            int(new > old or not self._kept(family, stream, k))
+            for k, (new, old) in enumerate(zip(reached, served, strict=True))
+        )
+        if row not in family.variants:
+            row = (1,) * len(row)
+        stream.served = reached
+        weights = tuple(
+            tuple(mapping.coefficients(plan, k, step, self._kept(family, stream, k)))
+            for k, computed in enumerate(row)
+            if not computed
+        )
+        self.sessions.count("mapped")
+        self.sessions.count("computed" if all(row) else "forecast")
+        return row, weights
+
+    @staticmethod
+    def _kept(family: Family, stream: Stream, selector: int) -> list[float]:
+        """Positions of the anchors of a selector's sites, newest first."""
+        return stream.steps(family.selectors[selector][0].name)
+
+    def _planned(self, step: int, row: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
+        """The plan's coefficients of the selectors that `row` forecasts."""
+        return tuple(self.plan.coefficients[step][k] for k, computed in enumerate(row) if not computed)
 
     def _bind_anchors(self, values: dict[str, Tensor], site: Site, stream: Stream) -> None:
         """Anchor inputs of a site; where fewer exist than the graph takes, the oldest stands in with coefficient 0."""
@@ -240,14 +296,13 @@ class CompiledDenoiser(DenoiserProxy):
             for index, tensor in enumerate(tensors):
                 values[anchor_name(site, index, age)] = tensor
 
-    def _coefficients(self, step: int, row: tuple[int, ...], call: Call) -> Tensor:
-        """Coefficients [forecast selectors, batch, J] float32 on the call's device, made once per step and batch."""
+    def _coefficients(self, weights: tuple[tuple[float, ...], ...], call: Call) -> Tensor:
+        """Coefficients [forecast selectors, batch, J] float32 on the call's device, made once for equal weights."""
         tensor = call.tensors[0]
         batch = _batch(call, self.recording)
-        key = (step, batch, tensor.device)
+        key = (weights, batch, tensor.device)
         if key not in self._tables:
-            groups = [self.plan.coefficients[step][k] for k, computed in enumerate(row) if not computed]
-            padded = [[*values, *([0.0] * (self.plan.anchors - len(values)))] for values in groups]
+            padded = [[*values, *([0.0] * (self.plan.anchors - len(values)))] for values in weights]
             table = torch.tensor(padded, dtype=torch.float64).to(torch.float32)
             self._tables[key] = table[:, None].expand(-1, batch, -1).contiguous().to(tensor.device)
         return self._tables[key]

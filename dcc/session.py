@@ -18,14 +18,15 @@ class Stream:
 
     name: str
     owners: tuple[Tensor, ...] = ()  # held so that their addresses, which identify the request, are not given again
-    step: int = -1
-    anchors: dict[str, list[tuple[int, tuple[Tensor, ...]]]] = field(default_factory=dict)
+    step: float = -1
+    served: list[int] = field(default_factory=list)  # per selector, at other noise levels than the plan's (mapping.due)
+    anchors: dict[str, list[tuple[float, tuple[Tensor, ...]]]] = field(default_factory=dict)
 
-    def keep(self, site: str, step: int, values: tuple[Tensor, ...], limit: int) -> None:
+    def keep(self, site: str, step: float, values: tuple[Tensor, ...], limit: int) -> None:
         """Adds an anchor, newest first, and drops what exceeds `limit`."""
         self.anchors[site] = [(step, values), *self.anchors.get(site, [])][:limit]
 
-    def steps(self, site: str) -> list[int]:
+    def steps(self, site: str) -> list[float]:
         """Steps of the site's anchors, newest first."""
         return [step for step, _ in self.anchors.get(site, [])]
 
@@ -42,6 +43,7 @@ class Counts:
     forecast: int = 0
     missed: int = 0  # the plan says forecast, but the anchors it needs were not there
     sessions: int = 0
+    mapped: int = 0  # at other noise levels than the plan's
     forgotten: int = 0  # streams dropped because there were more than MAX_STREAMS
     peak_bytes: int = 0
 
@@ -85,7 +87,7 @@ class Sessions:
                 del self.streams[key]
 
     def count(self, kind: str) -> None:
-        """Adds one call of `kind`: computed, forecast or missed."""
+        """Adds one call of `kind`: computed, forecast, missed or mapped."""
         with self.lock:
             setattr(self.counts, kind, getattr(self.counts, kind) + 1)
 

@@ -26,7 +26,7 @@ from dcc.quality import ssim
 
 EFFORTS = {"fast": 40, "normal": 120, "thorough": 400}  # cached runs of all fitting prompts, about
 LEAST_PROMPTS = 4  # two to fit, two to hold back
-RULES = (FitOptions(3), FitOptions(3, ridge=1e-2), FitOptions(2), Predictor("newton", 1), Predictor("newton", 2))
+RULES = (FitOptions(3), FitOptions(4), FitOptions(3, ridge=1.0), Predictor("newton", 1), Predictor("newton", 2))
 RIVAL = 1.5  # dB behind the leader up to which another site's anchors are searched too
 MOVES = (-3, -2, -1, -1, 1, 1, 2, 3)  # steps by which the search shifts an anchor
 
@@ -71,8 +71,6 @@ def solve(problem: Problem, goal: Goal, effort: str, seed: int, progress: Callab
 
     Raises BudgetError where no plan keeps the budget, saying what would.
     """
-    if effort not in EFFORTS:
-        raise BudgetError(f"unknown effort {effort!r}; there are: {', '.join(EFFORTS)}")
     search = Search(problem, goal, EFFORTS[effort], random.Random(seed), progress)
     if goal.speedup is not None:
         return _finish(problem, search, *search.at_speedup(goal.speedup), effort)

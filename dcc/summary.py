@@ -42,6 +42,11 @@ class Summary:
         problems += [f"variant {p.variant.name} runs eagerly: {p.problem}" for p in programs if p.problem]
         if counts.missed:
             problems.append(f"{counts.missed} planned forecasts were computed, because their anchors were not there")
+        if counts.mapped:
+            problems.append(
+                f"{counts.mapped} calls at other noise levels than the plan's: anchors and coefficients were mapped to "
+                "them; a plan made for this run may be better"
+            )
         if counts.forgotten:
             problems.append(f"{counts.forgotten} unfinished generations were forgotten")
         planned = net.plan.steps - sum(net.plan.steps_mask)

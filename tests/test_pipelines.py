@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -162,15 +163,32 @@ def test_a_plan_file_gives_the_same_images_and_refuses_another_run(
     compiled(pipe, name, plan=plan)
     assert torch.equal(generate(pipe, name, PROMPTS[0]), expected)
     dcc.restore(pipe)
-    with pytest.raises(errors.PlanError, match=r"8 steps, this run has 6.*num_inference_steps=8"):
-        compiled(pipe, name, plan=plan, num_inference_steps=6)
+    other = replace(plan, scheduler="OtherScheduler")
+    with pytest.raises(errors.PlanError, match=r"the plan is for scheduler OtherScheduler, this run uses \w+"):
+        compiled(pipe, name, plan=other)
     assert not isinstance(denoiser(pipe), dcc.CompiledDenoiser)
 
 
-def test_another_step_count_at_run_time_is_refused_with_the_remedy(pipe: DiffusionPipeline, name: str) -> None:
+@pytest.mark.parametrize("steps", [6, 11, 16])
+def test_another_step_count_is_mapped_by_noise_level_and_said_so(
+    pipe: DiffusionPipeline, name: str, steps: int
+) -> None:
+    expected = generate(pipe, name, PROMPTS[0], num_inference_steps=steps)
+    compiled(pipe, name, policy="taylorseer", steps_mask=[1, 1, 1, 0, 1, 0, 1, 0])
+    image = generate(pipe, name, PROMPTS[0], num_inference_steps=steps)
+    summary = denoiser(pipe).summary()
+    assert 0 < (image - expected).square().mean() < 0.01
+    assert summary.computed + summary.forecast == steps
+    assert 3 <= summary.computed <= 5
+    assert "other noise levels" in str(summary)
+    assert torch.equal(generate(pipe, name, PROMPTS[0], num_inference_steps=steps), image)
+
+
+def test_noise_levels_far_from_the_plans_are_refused_with_the_remedy(pipe: DiffusionPipeline, name: str) -> None:
     compiled(pipe, name, policy="interval")
-    with pytest.raises(errors.PositionError, match=r"not among the plan's 8 levels.*num_inference_steps"):
-        generate(pipe, name, PROMPTS[0], num_inference_steps=5)
+    call = denoiser(pipe).recording.first.arguments()
+    with pytest.raises(errors.PositionError, match=r"outside the plan's levels.*compile it for this run"):
+        denoiser(pipe)(**{**call, "timestep": call["timestep"] * 0 - 5000.0})
 
 
 def test_weights_stay_live(pipe: DiffusionPipeline, name: str) -> None:
@@ -217,11 +235,22 @@ BAD_COMPILES = {
     "prompts of a wrong type": (errors.PromptError, r"calib_prompts\[1\] is a int", {"calib_prompts": ["a", 3]}),
     "unknown policy": (errors.PolicyError, "there are: interval, taylorseer", {"policy": "teacup"}),
     "unknown keyword": (errors.PolicyError, "'intervall'.*it takes: interval", {"policy": "interval", "intervall": 2}),
+    "a policy's keyword alone": (errors.PolicyError, "of a policy.*policy='interval'", {"interval": 2}),
+    "policy and budget": (errors.PolicyError, "speedup: a budget is for", {"policy": "interval", "speedup": 2}),
+    "two budgets": (errors.BudgetError, "speedup and quality are two budgets", {"speedup": 2, "quality": 30}),
+    "a budget that is no number": (errors.BudgetError, "speedup='3x' must be a positive", {"speedup": "3x"}),
+    "a speed-up below one": (errors.BudgetError, "speedup=0.5 must be at least 1", {"speedup": 0.5}),
+    "unknown effort": (errors.BudgetError, "there are: fast, normal", {"speedup": 2, "effort": "max"}),
+    "too few prompts to plan": (errors.PromptError, "needs at least 4 prompts", {"speedup": 2}),
     "bad interval": (errors.PolicyError, "interval=0 must be", {"policy": "interval", "interval": 0}),
     "bad order": (errors.PolicyError, "order=9", {"policy": "taylorseer", "order": 9}),
     "bad mask": (errors.PolicyError, "must begin with 1", {"policy": "interval", "steps_mask": [0] * 8}),
     "short mask": (errors.PolicyError, "8 numbers", {"policy": "interval", "steps_mask": [1]}),
-    "unknown site": (errors.SiteError, "no site 'outputs'.*did you mean 'output'", {"site": "outputs"}),
+    "unknown site": (
+        errors.SiteError,
+        "no site 'outputs'.*did you mean 'output'",
+        {"policy": "interval", "site": "outputs"},
+    ),
     "policy and plan": (errors.PolicyError, "not both", {"policy": "interval", "plan": object()}),
     "not a plan": (errors.PlanError, "must be a dcc.Plan", {"plan": "plan.json"}),
     "unknown backend": (errors.LoweringError, "inductor, eager", {"backend": "tensorrt"}),
