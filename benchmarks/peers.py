@@ -129,7 +129,8 @@ def _timestep(subject: Subject, pipe: Any) -> Callable[[], float]:
     seen = [0.0]
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen[0] = float(args[1] if len(args) > 1 else kwargs["timestep"]) * (1000 if subject.name == "mmdit" else 1)
+        value = args[1] if len(args) > 1 else kwargs["timestep"]  # one number, or one a sample
+        seen[0] = float(value.flatten()[0]) * (1000 if subject.name == "mmdit" else 1)
 
     subject.target(pipe).module.register_forward_pre_hook(note, with_kwargs=True)
     return lambda: seen[0]
@@ -245,7 +246,9 @@ def cache_dit_cache(
     """DBCache by threshold, or by a mask of steps: evenly spread `full_steps`, or a `preset` of the library."""
     import cache_dit
 
-    logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)
+    for name in logging.getLogger("CACHE_DIT").manager.loggerDict:
+        if name.lower().startswith("cache_dit"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     mask = cache_dit.steps_mask(total_steps=subject.steps, mask_policy=preset) if preset else None
     mask = evenly(subject.steps, full_steps) if full_steps else mask
     kind, _, order = calibrator.partition(" ")
