@@ -90,7 +90,9 @@ def evaluate(
             Arm(Row(UNCACHED, base.plan), base),
             find_sites(base.families[0].captured, base.recording.first),
         )
-        arms = [_prepare(name, value, base, sites, target, say) for name, value in wanted.items()]
+        arms: list[Arm] = []
+        for name, value in wanted.items():
+            arms.append(_prepare(name, value, base, [arm.net for arm in arms if arm.net], sites, target, say))
         scoring = _Scoring(data_range, is_pipeline(model), shown)
         _take_turns(target, reference, arms, prompts, seed, batch_size or 1, scoring, say)
     for arm in (reference, *arms):
@@ -217,9 +219,18 @@ def _uncached(
 
 
 def _prepare(
-    name: str, wanted: Wanted, base: CompiledDenoiser, sites: Sites, target: Target, say: Callable[[str], None]
+    name: str,
+    wanted: Wanted,
+    base: CompiledDenoiser,
+    others: Sequence[CompiledDenoiser],
+    sites: Sites,
+    target: Target,
+    say: Callable[[str], None],
 ) -> Arm:
-    """Plans, rewrites and lowers one entry on the reference's capture and recording."""
+    """Plans, rewrites and lowers one entry on the reference's capture and recording.
+
+    Variants are pure functions of (sites, anchors, row): what one of the `others` has lowered already serves again.
+    """
     arm = Arm(Row(name, wanted if isinstance(wanted, Plan) else None))
     with arm.attempt("planning"):
         say(f"{name}: planning")
@@ -227,6 +238,9 @@ def _prepare(
         check_plan(plan, base.recording, target)
         arm.row.plan = plan = cost(plan, sites)
         net = base.with_plan(plan)
+        for other in others:
+            if all(getattr(plan, part) == getattr(other.plan, part) for part in ("sites", "anchors", "rows")):
+                net.__dict__.update(families=other.families, programs=other.programs)
         net.warm(base.recording.first, lambda line: say(f"{name}: {line}"))
         arm.net = net
     return arm

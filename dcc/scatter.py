@@ -44,7 +44,8 @@ def scatter(panels: dict[str, Sequence[Point]]) -> str:
         heights = [v for points in panels.values() for p in points for v in (p.mean, p.worst) if math.isfinite(v)]
         low, high = min(heights, default=0.0), max(heights, default=1.0)
         margin = 0.12 * (high - low) or 1.0
-        top = high + 2 * margin  # where identical samples stand
+        identical = any(math.isinf(p.mean) for points in panels.values() for p in points)
+        top = high + 2 * margin * identical  # where identical samples stand
         for panel, (title, points) in zip(axes, panels.items(), strict=True):
             panel.set_ylim(low - margin, top + margin)
             _draw(panel, title, points, top)
@@ -94,6 +95,7 @@ def _label(panel: Axes, canvas: FigureCanvasAgg, points: Sequence[Point], top: f
             textcoords="offset points",
             color=p.colour,
             parse_math=False,
+            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8},
             arrowprops={"arrowstyle": "-", "color": p.colour, "lw": 0.5, "alpha": 0.5, "shrinkB": 4},
         )
         best = None

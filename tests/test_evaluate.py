@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import dcc
 from dcc.errors import LoweringError, PipelineError, PolicyError, PromptError
 from dcc.evaluate import named
+from dcc.lower import lower
 from dcc.plan import Plan
 from dcc.runtime import CompiledDenoiser
 
@@ -134,6 +135,24 @@ def test_a_compiled_model_is_evaluated_and_stays_compiled(pipe: Any, module: nn.
     net = dcc.compile(module, [1.0], policy="interval", sample=loop, backend="eager")
     assert isinstance(net, CompiledDenoiser)
     assert dcc.evaluate(net, [net.plan], [1.0], sample=loop, backend="eager").rows[0].error is None
+
+
+def test_plans_of_the_same_variants_are_lowered_once(module: nn.Module, monkeypatch: pytest.MonkeyPatch):
+    lowered: list[str] = []
+
+    def counting(variant: Any, values: Any, backend: str) -> Any:
+        lowered.append(variant.name)
+        return lower(variant, values, backend)
+
+    monkeypatch.setattr("dcc.runtime.lower", counting)
+    alone, together = {"a": ("interval", {"interval": 2})}, {"b": ("interval", {"interval": 3})}
+    kwargs = {"sample": loop, "backend": "eager"}
+    expected = dcc.evaluate(module, together, [1.0], **kwargs)["b"].psnr
+    lowered.clear()
+    report = dcc.evaluate(module, alone | together, [1.0], **kwargs)
+    assert lowered == ["row0", "row0", "row1"]  # the reference's, then those of both plans
+    assert report["b"].psnr == expected and report["a"].psnr != expected
+    assert [row.forecast for row in report.rows] == [3 * 2, 4 * 2]
 
 
 def test_what_fails_is_a_row_with_its_error_and_the_others_go_on(module: nn.Module):
