@@ -44,7 +44,7 @@ def page(report: Report) -> str:
         plot=_plot(report, scored, colours) if scored else None,
         schedules=[_schedule(row.name, row.plan, colours[row.name]) for row in report.rows if row.plan],
         scenes=[_scene(report, scored, i, factor) for i in _first_prompts(scored, report.shown)],
-        worst=[_panels(row, row.worst, factor, report) for row in scored if row.worst in row.pictures],
+        worst=[_panels(row, row.worst, factor, report) for row in scored if _has_worst(row)],
         factor=factor,
         clamped=any(row.psnr_raw != row.psnr for row in scored),
         side=SIDE if len(scored) < CROWD else SIDE * 2 // 3,
@@ -125,6 +125,11 @@ def _forecast(plan: Plan, step: int, k: int) -> str:
 
 def _first_prompts(scored: list[Row], shown: int) -> list[int]:
     return sorted({i for row in scored for i in row.pictures if i < shown})
+
+
+def _has_worst(row: Row) -> bool:
+    """Whether there is a worst prompt to show: pictures, and one that is not identical."""
+    return row.worst in row.pictures and math.isfinite(row.psnr[row.worst])
 
 
 def _scene(report: Report, scored: list[Row], index: int, factor: int) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def scatter(panels: dict[str, Sequence[Point]]) -> str:
 
 
 def _draw(panel: Axes, title: str, points: Sequence[Point], top: float) -> None:
-    front = [p for p in points if not any(q.speedup > p.speedup and q.mean > p.mean for q in points)]
+    front = [p for p in points if not any(_beats(q, p) for q in points)]
     front.sort(key=lambda p: p.speedup)
     panel.plot([p.speedup for p in front], [min(p.mean, top) for p in front], color=FAINT, lw=1, ls="--", zorder=1)
     for p in points:
@@ -76,6 +76,11 @@ def _draw(panel: Axes, title: str, points: Sequence[Point], top: float) -> None:
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(colors="#4b5563")
+
+
+def _beats(a: Point, b: Point) -> bool:
+    """Whether `a` is nowhere behind `b` and somewhere ahead."""
+    return a.speedup >= b.speedup and a.mean >= b.mean and (a.speedup, a.mean) != (b.speedup, b.mean)
 
 
 def _label(panel: Axes, canvas: FigureCanvasAgg, points: Sequence[Point], top: float) -> None:
