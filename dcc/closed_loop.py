@@ -93,7 +93,6 @@ class ClosedLoop:
     batches: list[Batch]
     data_range: float
     sampler: Sampler | None = None
-    runs: int = 0
     known: dict[Candidate, Outcome] = field(default_factory=dict)
 
     @property
@@ -132,7 +131,6 @@ class ClosedLoop:
     def _samples(
         self, candidate: Candidate, coefficients: dict[int, list[float]], batch: Batch, fit: Fit | None
     ) -> Samples:
-        self.runs += 1
         original = self.target.module
         layout = Layout(self.recording, len(batch.prompts))
         if candidate.site == "output" and layout.calls:
@@ -140,6 +138,10 @@ class ClosedLoop:
             net.begin(coefficients, fit, batch.trace)
         else:
             net = self.net(candidate, coefficients)
+        return self.generate(net, batch)
+
+    def generate(self, net: nn.Module, batch: Batch) -> Samples:
+        """The samples of a batch with `net` as the denoiser."""
         return _with(self.target, net, batch.prompts, batch.seeds)
 
     def psnr(self, samples: Samples, batch: Batch) -> list[float]:

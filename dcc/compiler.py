@@ -45,6 +45,7 @@ def compile(
     latency: float | None = None,
     cache_bytes: int | None = None,
     effort: str = DEFAULT_EFFORT,
+    guard: bool = False,
     policy: str | None = None,
     plan: Plan | None = None,
     sample: Callable[[nn.Module, Any], Any] | None = None,
@@ -67,6 +68,8 @@ def compile(
         latency: search the best plan of at most this many milliseconds a run, measured on this machine.
         cache_bytes: limit of the anchors' bytes of one stream; combines with the others.
         effort: "fast", "normal" or "thorough": about 24, 90 or 300 cached runs of the calibration prompts.
+        guard: for a searched plan, compute more steps than planned for prompts that turn out harder than the
+            calibration prompts (guard.py); one host synchronisation an anchor.
         policy: a name of `dcc.policies.POLICIES`, instead of a budget.
         plan: a Plan, instead of a policy or a budget.
         sample: for a bare module: sample(net, prompt) runs one full sampling loop with `net`; it returns the final
@@ -108,10 +111,14 @@ def compile(
         plan = plan_within(subject, budget, prompts, seed=seed, data_range=data_range, progress=say)
     check_plan(plan, run, target)
     plan = cost(plan, sites)
+    if guard and not plan.limits:
+        raise PolicyError(
+            "guard=True needs a plan that was searched (speedup=, quality=): a policy knows no usual error"
+        )
 
     # one variant per distinct row of the schedule, lowered and compared with eager on the recorded inputs
     observer = Observer()
-    net = CompiledDenoiser(target.module, plan, run, lambda c, p: build(c, p, observer), backend)
+    net = CompiledDenoiser(target.module, plan, run, lambda c, p: build(c, p, observer), backend, guard)
     net.families.append(build(captured, plan, observer, sites))
     net.__dict__["capture_seconds"] = time.perf_counter() - start
     net.warm(run.first, say)

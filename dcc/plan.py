@@ -24,7 +24,8 @@ class Plan:
     `schedule[step][k]` is 1 where the sites of selector `sites[k]` are computed at that step and 0 where they are
     forecast; `coefficients[step][k]` then weighs their anchors, newest first (empty at computed steps). `levels` are
     the timestep values the denoiser is called with, in order. FLOPs are those of one whole run of one stream.
-    `measured` is what the solver saw on prompts it had not fitted to: empty for a policy.
+    `measured` is what the solver saw on prompts it had not fitted to, and `limits` the forecast error at each anchor
+    above which a prompt is harder than those it was made for (guard.py); both are empty for a policy.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Plan:
     flops_uncached: int = 0
     cache_bytes: int = 0
     measured: dict[str, Any] = field(default_factory=dict)
+    limits: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self)
@@ -190,6 +192,11 @@ def _check(plan: Plan) -> None:
         bool(plan.levels) and all(_finite(v) for v in plan.levels), "levels", "must be finite numbers, at least one"
     )
     require(bool(plan.sites) and all(isinstance(s, str) for s in plan.sites), "sites", "must be names, at least one")
+    require(
+        isinstance(plan.limits, tuple) and len(plan.limits) in (0, len(plan.levels)) and all(map(_finite, plan.limits)),
+        "limits",
+        "must be empty or hold a finite number a level",
+    )
     for name in ("flops", "flops_uncached", "cache_bytes"):
         value = getattr(plan, name)
         require(isinstance(value, int) and value >= 0, name, "must be a non-negative whole number")

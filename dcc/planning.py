@@ -64,6 +64,17 @@ class Subject:
         )
         return cost(plan, self.sites)
 
+    def usual_errors(
+        self, candidate: Candidate, coefficients: dict[int, list[float]], loop: ClosedLoop
+    ) -> dict[int, list[float]]:
+        """Per step the forecast errors that the guard would see at the candidate's anchors, of every sample."""
+        errors: dict[int, list[float]] = {}
+        net = self.net(candidate, coefficients)
+        net.__dict__["guard"] = errors
+        for batch in loop.batches:
+            loop.generate(net, batch)
+        return errors
+
     def net(self, candidate: Candidate, coefficients: dict[int, list[float]]) -> CompiledDenoiser:
         """A denoiser that runs the candidate eagerly; graphs are shared by candidates of one site and anchor count."""
         plan = self.plan(candidate, coefficients)
@@ -150,6 +161,7 @@ def plan_within(
         held_back=loops[1],
         plan=subject.plan,
         fewer=lambda steps: _fewer_steps(loops[1], steps),
+        usual_errors=lambda candidate, coefficients: subject.usual_errors(candidate, coefficients, loops[0]),
     )
     return solve(problem, goal, budget.effort, seed, progress)
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from dcc import mapping
 from dcc.capture import Call, Captured, bind, capture
 from dcc.errors import CaptureError, PositionError
+from dcc.guard import anchor_error, extra_step
 from dcc.lower import Program, Variant, lower
 from dcc.passes.base import Site, anchor_name, write_name
 from dcc.passes.graph import COEFFICIENTS
@@ -53,8 +54,10 @@ class CompiledDenoiser(DenoiserProxy):
         recording: Recording,
         build: Callable[[Captured, Plan], Family],
         backend: str,
+        guard: bool | dict[int, list[float]] = False,
     ) -> None:
         super().__init__(original)
+        self.__dict__["guard"] = guard  # a dict collects errors by step instead of acting on them
         self.__dict__.update(plan=plan, backend=backend, sessions=Sessions(), programs={}, families=[])
         self.__dict__.update(recording=recording, _build=build, _lock=threading.RLock(), _tables={})
         self.__dict__.update(
@@ -69,6 +72,8 @@ class CompiledDenoiser(DenoiserProxy):
             stream = self._stream(step, key, owners)
             row, weights = self._decide(family, stream, step)
             outputs = self.run(family, call, stream, row, step, weights)
+            if self.guard and all(row) and step == int(step):
+                self._watch(family, stream, int(step))
             last, stream.step = stream.step, step
             if mapping.ends(self.plan, last, step) if stream.served else step == self.plan.steps - 1:
                 self.sessions.close(key)
@@ -76,7 +81,7 @@ class CompiledDenoiser(DenoiserProxy):
 
     def with_plan(self, plan: Plan, backend: str | None = None) -> CompiledDenoiser:
         """The same capture and recording with another plan; state, programs and counters are its own."""
-        net = type(self)(self.original, plan, self.recording, self._build, backend or self.backend)
+        net = type(self)(self.original, plan, self.recording, self._build, backend or self.backend, self.guard)
         for family in self.families:
             net.families.append(self._build(family.captured, plan))
             net.families[-1].proven |= family.proven  # else its shapes are compared with the eager module once more
@@ -241,6 +246,13 @@ class CompiledDenoiser(DenoiserProxy):
             return self._decide_between(family, stream, step)
         planned = self.plan.schedule[int(step)]
         full = (1,) * len(planned)
+        if step in stream.extra:
+            self.sessions.count("guarded")
+            self.sessions.count("computed")
+            return full, ()
+        if stream.extra and not all(planned):  # anchors stand elsewhere than planned
+            self.sessions.count("forecast")
+            return planned, self._moved(family, stream, step, planned)
         for k, computed in enumerate(planned):
             if not computed:
                 needed = self.plan.anchor_steps(int(step), k)[: len(self.plan.coefficients[int(step)][k])]
@@ -270,14 +282,30 @@ class CompiledDenoiser(DenoiserProxy):
         if row not in family.variants:
             row = (1,) * len(row)
         stream.served = reached
-        weights = tuple(
-            tuple(mapping.coefficients(plan, k, step, self._kept(family, stream, k)))
+        self.sessions.count("mapped")
+        self.sessions.count("computed" if all(row) else "forecast")
+        return row, self._moved(family, stream, step, row)
+
+    def _moved(
+        self, family: Family, stream: Stream, step: float, row: tuple[int, ...]
+    ) -> tuple[tuple[float, ...], ...]:
+        """The plan's coefficients for the anchors that this run really has."""
+        return tuple(
+            tuple(mapping.coefficients(self.plan, k, step, self._kept(family, stream, k)))
             for k, computed in enumerate(row)
             if not computed
         )
-        self.sessions.count("mapped")
-        self.sessions.count("computed" if all(row) else "forecast")
-        return row, weights
+
+    def _watch(self, family: Family, stream: Stream, step: int) -> None:
+        """At an anchor: judges the forecast that it would have got, and adds a step where that is worse than ever."""
+        kept = stream.anchors.get(family.selectors[0][0].name, [])
+        error = anchor_error(kept) if kept and kept[0][0] == step else None
+        if error is None:
+            return
+        if isinstance(self.guard, dict):
+            self.guard.setdefault(step, []).extend(error.tolist())
+        elif (extra := extra_step(self.plan, step, float(error.max()))) is not None:
+            stream.extra.add(extra)
 
     @staticmethod
     def _kept(family: Family, stream: Stream, selector: int) -> list[float]:

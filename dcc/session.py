@@ -20,6 +20,7 @@ class Stream:
     owners: tuple[Tensor, ...] = ()  # held so that their addresses, which identify the request, are not given again
     step: float = -1
     served: list[int] = field(default_factory=list)  # per selector, at other noise levels than the plan's (mapping.due)
+    extra: set[int] = field(default_factory=set)  # steps that the guard has computed besides the planned ones
     anchors: dict[str, list[tuple[float, tuple[Tensor, ...]]]] = field(default_factory=dict)
 
     def keep(self, site: str, step: float, values: tuple[Tensor, ...], limit: int) -> None:
@@ -43,6 +44,7 @@ class Counts:
     forecast: int = 0
     missed: int = 0  # the plan says forecast, but the anchors it needs were not there
     sessions: int = 0
+    guarded: int = 0  # computed because a prompt was harder than those the plan was made for
     mapped: int = 0  # at other noise levels than the plan's
     forgotten: int = 0  # streams dropped because there were more than MAX_STREAMS
     peak_bytes: int = 0
@@ -87,7 +89,7 @@ class Sessions:
                 del self.streams[key]
 
     def count(self, kind: str) -> None:
-        """Adds one call of `kind`: computed, forecast, missed or mapped."""
+        """Adds one call of `kind`: computed, forecast, missed, mapped or guarded."""
         with self.lock:
             setattr(self.counts, kind, getattr(self.counts, kind) + 1)
 

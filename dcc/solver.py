@@ -20,6 +20,7 @@ import torch
 from dcc.closed_loop import Candidate, ClosedLoop, Outcome
 from dcc.errors import BudgetError, PromptError
 from dcc.fit import FitOptions
+from dcc.guard import limits
 from dcc.plan import Plan
 from dcc.predictors import Predictor
 from dcc.quality import ssim
@@ -53,7 +54,8 @@ class Goal:
 @dataclass
 class Problem:
     """A denoiser to plan for: FLOPs of a full call, FLOPs of a forecast call and bytes of an anchor by site, the two
-    closed loops, and how a candidate becomes a Plan. `fewer(steps)` is the PSNR of that many plain steps, or None."""
+    closed loops, and how a candidate becomes a Plan. `fewer(steps)` is the PSNR of that many plain steps, or None;
+    `usual_errors` are the forecast errors at a candidate's anchors by step, for the guard."""
 
     steps: int
     flops: int
@@ -63,6 +65,7 @@ class Problem:
     held_back: ClosedLoop
     plan: Callable[[Candidate, dict[int, list[float]]], Plan]
     fewer: Callable[[int], float | None]
+    usual_errors: Callable[[Candidate, dict[int, list[float]]], dict[int, list[float]]] = field(default=lambda c, k: {})
     proposals: Callable[[str, int], list[tuple[int, ...]]] = field(default=lambda site, full: [])
 
 
@@ -277,7 +280,7 @@ def _finish(problem: Problem, search: Search, candidate: Candidate, outcome: Out
         "psnr_mean": checked.mean,
         "psnr_worst": min(checked.psnr),
         "fitted_psnr_mean": outcome.mean,
-        "runs": problem.fitting.runs,
+        "candidates": len(problem.fitting.known),
         "forecast": str(candidate),
     }
     if reference.dim() == 4 and min(reference.shape[-2:]) >= 11:  # the window of SSIM
@@ -291,4 +294,10 @@ def _finish(problem: Problem, search: Search, candidate: Candidate, outcome: Out
         if fewer > checked.mean:
             search.say(f"note: {steps} plain steps reach {fewer:.1f} dB, more than this plan's {checked.mean:.1f} dB")
     goal = {name: value for name, value in vars(search.goal).items() if value is not None}
-    return replace(plan, policy="solver", parameters={**goal, "effort": effort}, measured=measured)
+    return replace(
+        plan,
+        policy="solver",
+        parameters={**goal, "effort": effort},
+        measured=measured,
+        limits=limits(problem.usual_errors(candidate, outcome.coefficients), problem.steps),
+    )

@@ -42,6 +42,8 @@ class Summary:
         problems += [f"variant {p.variant.name} runs eagerly: {p.problem}" for p in programs if p.problem]
         if counts.missed:
             problems.append(f"{counts.missed} planned forecasts were computed, because their anchors were not there")
+        if counts.guarded:
+            problems.append(f"the guard computed {counts.guarded} steps more than planned, for harder prompts")
         if counts.mapped:
             problems.append(
                 f"{counts.mapped} calls at other noise levels than the plan's: anchors and coefficients were mapped to "
