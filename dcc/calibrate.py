@@ -25,17 +25,17 @@ from dcc.compiler import record
 from dcc.errors import ProfileError
 from dcc.fingerprint import fingerprint, weights_hash
 from dcc.instrument import Instrumented, Run
-from dcc.passes.base import Site
+from dcc.passes.base import Port, Site
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.timings import timings
-from dcc.pipeline import Samples, Target, call_parameters, check_prompts, make_target
+from dcc.pipeline import Samples, Target, call_parameters, check_prompts, is_pipeline, make_target
 from dcc.profile import Profile, SiteCost, dtype_of, read_file, write_file
 from dcc.record import Recording
 from dcc.sites import Sites, find_sites
 
 MARK, VERSION = "dcc_calibration", 1  # of checkpoints
 SUMS = ("gram", "moved", "size")
-PROBE_BUDGET = 0.2  # whole runs spent on sensitivity, per prompt
+PROBE_BUDGET = 0.1  # whole runs spent on sensitivity, per prompt
 
 
 def calibrate(
@@ -60,16 +60,14 @@ def calibrate(
         pipeline_kwargs: arguments of the pipeline's call (num_inference_steps, height, ...) as they will be served.
 
     Beyond the runs of the prompts themselves this takes one recorded run, the capture, the sketches, and probes of
-    sensitivity worth at most max(1, 0.2 * len(prompts)) runs.
+    sensitivity that cost at most max(1, 0.1 * len(prompts)) runs.
 
     Raises a subclass of DccError for anything it refuses; ProfileError for a checkpoint of other arguments and for
     loops that cannot be calibrated.
     """
     say = progress or (lambda line: None)
-    if unknown := set(pipeline_kwargs) - set(call_parameters(model)) if call_parameters(model) else set():
-        raise ProfileError(
-            f"unknown keyword {', '.join(map(repr, sorted(unknown)))}: no argument of the pipeline's call"
-        )
+    if is_pipeline(model) and (unknown := sorted(set(pipeline_kwargs).difference(call_parameters(model)))):
+        raise ProfileError(f"unknown keyword {', '.join(map(repr, unknown))}: no argument of the pipeline's call")
     target = make_target(model, sample, pipeline_kwargs)
     prompts = check_prompts(prompts, text=not isinstance(model, nn.Module))
 
@@ -137,15 +135,15 @@ class Accumulated:
         if list(run.taken) != self.streams:
             raise ProfileError(f"{prompt} has streams {list(run.taken)}, the first had {self.streams}")
         for k, (label, taken) in enumerate(run.taken.items()):
+            known: dict[tuple[Port, ...], tuple[Tensor, ...]] = {}  # several names may mean one value
             for n, site in enumerate(taken.sites):
-                gram = gram_matrix(taken.of(taken.sketches, site))
-                if not bool(gram.isfinite().all()):
-                    step = int((~gram.diagonal().isfinite()).nonzero()[0])
-                    raise ProfileError(f"{prompt}: site {site.name!r} of stream {label!r} is not finite at step {step}")
-                self.gram[k, n] += gram
-                moved, size = neighbours(taken.of(taken.coordinates, site))
-                self.moved[k, n] += moved
-                self.size[k, n] += size
+                if site.ports not in known:
+                    gram = gram_matrix(taken.rows(taken.sketches, site))
+                    if not bool(gram.isfinite().all()):
+                        raise ProfileError(f"{prompt}: site {site.name!r} of stream {label!r} is NaN or infinite")
+                    known[site.ports] = (gram, *neighbours(taken.rows(taken.coordinates, site)))
+                for total, value in zip((self.gram, self.moved, self.size), known[site.ports], strict=True):
+                    total[k, n] += value
 
     def profile(self, sites: Sites) -> Profile:
         """The means over all prompts."""
@@ -217,7 +215,7 @@ def neighbours(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def probe_steps(steps: int, prompts: int) -> list[int]:
-    """Evenly spread steps to disturb: as many as max(1, 0.2 * prompts) whole runs pay for.
+    """Evenly spread steps to disturb: as many as max(1, 0.1 * prompts) whole runs pay for.
 
     A probe costs the steps from the disturbed one on, because those before it are not computed again.
     """
@@ -257,11 +255,8 @@ def _installed(target: Target, net: nn.Module) -> Iterator[None]:
 
 
 def _generate(target: Target, net: Instrumented, run: Run, prompt: Any, seed: int) -> Samples:
-    net.__dict__["current"] = run
-    try:
-        return target.generate([prompt], [seed])
-    finally:
-        net.__dict__["current"] = Run()
+    net.start(run)
+    return target.generate([prompt], [seed])
 
 
 def _ratio(moved: Tensor, run: Run) -> float:

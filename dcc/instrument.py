@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +24,6 @@ from dcc.record import Recording
 from dcc.runtime import CompiledDenoiser, Family
 from dcc.session import Stream
 from dcc.sites import Sites, find_sites
-from dcc.sketch import COORDINATES, SIZE
 
 FULL = (1,)
 NOISE = 0.05  # of the root mean square of a disturbed output
@@ -33,22 +33,32 @@ NOISE = 0.05  # of the root mean square of a disturbed output
 class Taken:
     """What one run showed of one stream, on the denoiser's device.
 
-    Value v at step s, sample b: `sketches[v, s, b]` of SIZE and `coordinates[v, s, b]` of COORDINATES numbers, float32.
+    `groups` are the values sketched together; `sketches[g][v, s, b]` and `coordinates[g][v, s, b]` hold those of value
+    v of group g at step s, sample b, float32.
     """
 
-    index: dict[str, int]
     sites: tuple[Site, ...]
-    sketches: Tensor
-    coordinates: Tensor
+    groups: list[list[str]]
+    sketches: list[Tensor] = field(default_factory=list)
+    coordinates: list[Tensor] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
 
-    def of(self, tensor: Tensor, site: Site) -> Tensor:
-        """Rows [S, n] of a site in one of the two tensors: values minus bases, samples and ports side by side."""
-        parts = []
-        for port in site.ports:
-            value = tensor[self.index[port.out]]
-            parts.append((value if port.base is None else value - tensor[self.index[port.base]]).flatten(1))
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    def take(self, extra: Sequence[Tensor], step: int, steps: int) -> None:
+        """Keeps the extra outputs of the call at one step."""
+        for tensors, new in ((self.sketches, extra[::2]), (self.coordinates, extra[1::2])):
+            shapes = [(len(value), steps, *value.shape[1:]) for value in new]
+            if [tuple(tensor.shape) for tensor in tensors] != shapes:
+                tensors[:] = [value.new_empty(shape) for value, shape in zip(new, shapes, strict=True)]
+            for tensor, value in zip(tensors, new, strict=True):
+                tensor[:, step] = value
+        self.seen.append(step)
+
+    def rows(self, tensors: list[Tensor], site: Site) -> Tensor:
+        """Rows [S, n] of a site in `sketches` or `coordinates`: values minus bases, samples and ports side by side."""
+        named = {name: tensors[g][v] for g, group in enumerate(self.groups) for v, name in enumerate(group)}
+        parts = [named[p.out] if p.base is None else named[p.out] - named[p.base] for p in site.ports]
+        flat = [part.flatten(1) for part in parts]
+        return torch.cat(flat, dim=1) if len(flat) > 1 else flat[0]
 
 
 @dataclass
@@ -76,7 +86,7 @@ class Run:
 
 
 class Instrumented(CompiledDenoiser):
-    """Stands in for the denoiser in a calibration. Set `current` to a new Run before each run of the loop."""
+    """Stands in for the denoiser in a calibration. Call `start` with a new Run before each run of the loop."""
 
     def __init__(
         self, original: nn.Module, recording: Recording, scheduler: str, captured: Captured, sites: Sites
@@ -92,7 +102,7 @@ class Instrumented(CompiledDenoiser):
             parameters={},
         )
         super().__init__(original, plan, recording, lambda captured, _: self.instrument(captured), "eager")
-        self.__dict__.update(current=Run(), site_names=tuple(site.name for site in floating(sites)))
+        self.__dict__.update(current=Run(), spare={}, site_names=tuple(site.name for site in floating(sites)))
         self.families.append(self.instrument(captured, sites))
 
     def instrument(self, captured: Captured, sites: Sites | None = None) -> Family:
@@ -111,9 +121,25 @@ class Instrumented(CompiledDenoiser):
         variant = Variant("sketches", graph_module, inputs, own, names[own:])
         return Family(captured, (chosen,), {FULL: variant})
 
-    def run(self, family: Family, call: Call, stream: Stream, row: tuple[int, ...], step: int) -> list[Tensor]:
-        """Runs one call and keeps its sketches, or, in a disturbed run, replays or disturbs its outputs."""
-        run = self.current
+    def run(
+        self,
+        family: Family,
+        call: Call,
+        stream: Stream,
+        row: tuple[int, ...],
+        step: float,
+        weights: tuple[tuple[float, ...], ...] = (),
+    ) -> list[Tensor]:
+        """Runs one call and keeps its sketches, or, in a disturbed run, replays or disturbs its outputs.
+
+        Raises ProfileError for a call between the noise levels of the recorded run.
+        """
+        if step != int(step):
+            raise ProfileError(
+                f"a call stands between steps {int(step)} and {int(step) + 1} of the recorded run; all prompts of a "
+                "calibration must take the same noise levels"
+            )
+        run, step = self.current, int(step)
         label = run.label(stream)
         if run.disturbed is None:
             variant = family.variants[FULL]
@@ -129,24 +155,18 @@ class Instrumented(CompiledDenoiser):
         outputs = list(family.captured.graph_module(*family.captured.inputs_of(call)))
         return self._disturb(outputs, step) if step == run.disturbed else outputs
 
-    def _take(self, family: Family, label: str, step: int, extra: list[Tensor]) -> None:
-        taken, chosen = self.current.taken, family.selectors[0]
-        if label not in taken:
-            names = [name for group in groups(family.captured.graph_module, chosen) for name in group]
-            shape = (len(names), self.plan.steps, extra[0].shape[1])
-            taken[label] = Taken(
-                {name: index for index, name in enumerate(names)},
-                chosen,
-                extra[0].new_zeros(*shape, SIZE),
-                extra[0].new_zeros(*shape, COORDINATES),
-            )
-        start, own = 0, taken[label]
-        for sketches, coordinates in zip(extra[::2], extra[1::2], strict=True):
-            stop = start + len(sketches)
-            own.sketches[start:stop, step] = sketches
-            own.coordinates[start:stop, step] = coordinates
-            start = stop
-        own.seen.append(step)
+    def _take(self, family: Family, label: str, step: int, extra: Sequence[Tensor]) -> None:
+        if label not in self.current.taken:
+            chosen = family.selectors[0]
+            # the memory of the last run, which was read by now
+            taken = self.spare.pop(label, None) or Taken(chosen, groups(family.captured.graph_module, chosen))
+            taken.seen.clear()
+            self.current.taken[label] = taken
+        self.current.taken[label].take(extra, step, self.plan.steps)
+
+    def start(self, run: Run) -> None:
+        """Makes `run` the current one, with the memory of the last, which must have been read."""
+        self.__dict__.update(spare=self.current.taken or self.spare, current=run)
 
     def _disturb(self, outputs: list[Tensor], step: int) -> list[Tensor]:
         run = self.current

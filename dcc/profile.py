@@ -1,4 +1,4 @@
-"""The profile: what calibration measured about one denoiser. One safetensors file with a header that people can read."""
+"""The profile: what calibration measured about one denoiser. One safetensors file with a readable header."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def read_file(path: str | os.PathLike[str], mark: str, version: int) -> tuple[di
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except OSError as error:
         raise ProfileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
@@ -287,9 +287,8 @@ def _unpacked(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, T
     steps = len(header["levels"]) if isinstance(header.get("levels"), list) else 0
     packed = tensors["gram"]
     if packed.dim() != 3 or packed.shape[-1] != steps * (steps + 1) // 2:
-        raise ProfileError(
-            f"field 'gram' has shape {list(packed.shape)}; {steps} levels need [streams, sites, {steps * (steps + 1) // 2}]"
-        )
+        pairs = steps * (steps + 1) // 2
+        raise ProfileError(f"field 'gram' has shape {list(packed.shape)}, not [streams, sites, {pairs}]")
     upper = torch.triu_indices(steps, steps)
     gram = packed.new_zeros(*packed.shape[:2], steps, steps)
     gram[..., upper[0], upper[1]] = packed

@@ -22,30 +22,37 @@ ROWS = 256  # of signs; a larger feature uses them again, rotated
 
 
 def sketch(values: Tensor, like: Tensor) -> Tensor:
-    """Sketches features [v, b, ...] of any dtype; returns [v, samples, SIZE] float32.
+    """Sketches features [v, b, ...] of any dtype; returns [v, samples, min(n, SIZE)] float32, n numbers a sample.
 
     `samples` is the first dimension of `like` where that divides b (frames folded into the batch belong to their
     sample), else 1. Linear, seeded, and the same in every process; memory beyond the input does not grow with it.
     """
     flat = per_sample(values, like)
-    total = torch.zeros(*flat.shape[:2], SIZE, dtype=torch.float32, device=flat.device)
-    for index, part in enumerate(flat.split(ROWS * SIZE, dim=-1)):
-        rows = -(-part.shape[-1] // SIZE)
-        table = signs(flat.device)[:rows]
-        folded = pad(part.float(), (0, rows * SIZE - part.shape[-1])).unflatten(-1, (rows, SIZE)).mul(table).sum(2)
+    if flat.shape[-1] <= SIZE:
+        return flat.float()
+    first, *others = (_fold(part) for part in flat.split(ROWS * SIZE, dim=-1))
+    for index, part in enumerate(others, start=1):
         # squares: no two pairs of parts are rotated against each other by the same distance
-        total += folded.roll(index * index, -1) if index else folded
-    return total
+        first += part.roll(index * index, -1)
+    return first
+
+
+def _fold(flat: Tensor) -> Tensor:
+    """The buckets [v, samples, SIZE] of at most ROWS * SIZE numbers a sample."""
+    rows = -(-flat.shape[-1] // SIZE)
+    padded = pad(flat.float(), (0, rows * SIZE - flat.shape[-1])).unflatten(-1, (rows, SIZE))
+    return (padded * signs(flat.device)[:rows]).sum(2)
 
 
 def coordinates(values: Tensor, like: Tensor) -> Tensor:
-    """A fixed subset of at most COORDINATES numbers of each sample, [v, samples, COORDINATES] float32.
+    """A fixed subset of at most COORDINATES of the n numbers of each sample, [v, samples, min(n, COORDINATES)] float32.
 
-    Smaller features are kept whole, with zeros behind them.
+    `values` and `like` are those of `sketch`.
     """
     flat = per_sample(values, like)
-    chosen = flat.index_select(-1, chosen_coordinates(flat.shape[-1], flat.device)).float()
-    return pad(chosen, (0, COORDINATES - chosen.shape[-1]))
+    if flat.shape[-1] <= COORDINATES:
+        return flat.float()
+    return flat.index_select(-1, chosen_coordinates(flat.shape[-1], flat.device)).float()
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -56,15 +63,12 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def signs(device: torch.device) -> Tensor:
-    """Random signs [ROWS, SIZE] float32, ones in the first row."""
+    """Random signs [ROWS, SIZE] float32."""
     table = torch.randint(0, 2, (ROWS, SIZE), generator=torch.Generator().manual_seed(SEED)) * 2 - 1
-    table[0] = 1
     return table.to(device, torch.float32)
 
 
 @lru_cache(maxsize=64)
 def chosen_coordinates(size: int, device: torch.device) -> Tensor:
-    """Indices of the subset of `size` numbers."""
-    if size <= COORDINATES:
-        return torch.arange(size, device=device)
+    """Indices of COORDINATES of `size` numbers, with repetitions."""
     return torch.randint(0, size, (COORDINATES,), generator=torch.Generator().manual_seed(SEED)).to(device)

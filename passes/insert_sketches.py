@@ -12,11 +12,12 @@ graphs. Refuses a site whose nodes are not in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dcc.passes.base import Pass, Row, Site
@@ -44,11 +45,7 @@ class InsertSketches(Pass):
             members = [nodes[name] for name in group]
             with graph_module.graph.inserting_before(_behind(members[-1])):
                 stacked = insert_call(graph_module, aten.stack.default, members)
-                for function, width in ((sketch, SIZE), (coordinates, COORDINATES)):
-                    node = graph_module.graph.call_function(function, (stacked, like))
-                    batch = like.meta["val"].shape[0] if like.meta["val"].dim() else 1
-                    node.meta["val"] = stacked.meta["val"].new_empty((len(group), batch, width), dtype=torch.float32)
-                    extra.append(node)
+                extra += [_summary(graph_module, function, stacked, like) for function in (sketch, coordinates)]
         output.args = ((*output.args[0], *extra),)
         return len(extra)
 
@@ -63,13 +60,23 @@ def groups(graph_module: GraphModule, sites: Sequence[Site]) -> list[list[str]]:
     open_groups: dict[tuple[object, ...], list[str]] = {}
     for name in in_graph_order(graph_module, names):
         value = nodes[name].meta["val"]
-        key = (sizes(nodes[name]), value.dtype, value.device)
+        key = (*map(str, value.shape), value.dtype, value.device)  # symbols: 16 texts and 16 pixels part at other sizes
         group = open_groups.get(key)
-        if group is None or (len(group) + 1) * torch.Size(key[0]).numel() > TOGETHER:
+        if group is None or (len(group) + 1) * torch.Size(sizes(nodes[name])).numel() > TOGETHER:
             group = open_groups[key] = []
             found.append(group)
         group.append(name)
     return found
+
+
+def _summary(graph_module: GraphModule, function: Callable[..., Tensor], stacked: Node, like: Node) -> Node:
+    """A call of `function`, whose value has the sizes of the capture; nothing in the graph reads it."""
+    node = graph_module.graph.call_function(function, (stacked, like))
+    count, *rest = sizes(stacked)
+    samples = (sizes(like) or (1,))[0]
+    width = min(torch.Size(rest).numel() // samples, SIZE if function is sketch else COORDINATES)
+    node.meta["val"] = stacked.meta["val"].new_empty((count, samples, width), dtype=torch.float32)
+    return node
 
 
 def _behind(node: Node) -> Node:
