@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 import dcc
-from dcc.errors import DccError, DemoError, LoweringError, PipelineError, PolicyError
+from dcc.errors import DccError, DemoError, LoweringError, PipelineError, PolicyError, PromptError
 from dcc.lower import BACKENDS
 from dcc.pipeline import load_pipeline
 from dcc.policies import DEFAULT_POLICY, make_policy
@@ -187,6 +187,53 @@ def plan_show(
     if steps:
         console.print()
         console.print(steps_table(plan))
+
+
+@plan_app.command("search")
+def plan_search(
+    out: Annotated[Path, typer.Argument(help="The plan file to write.")],
+    pipeline: Annotated[str, typer.Option(help="mmdit, unet, or the folder of a saved diffusers pipeline.")] = "mmdit",
+    speedup: Annotated[float | None, typer.Option(help="Ratio of denoiser FLOPs, uncached over cached.")] = None,
+    quality: Annotated[float | None, typer.Option(help="PSNR in dB to the uncached pictures.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Milliseconds a picture.")] = None,
+    cache_bytes: Annotated[int | None, typer.Option(help="Limit of the anchors' bytes.")] = None,
+    effort: Annotated[str, typer.Option(help="fast, normal or thorough.")] = "normal",
+    prompts: Annotated[Path | None, typer.Option(help="A text file, a prompt a line; else the demo's own.")] = None,
+    number: Annotated[int, typer.Option(min=4, help="How many of the prompts to use.")] = 16,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps, if not the pipeline's own number.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of the search and of the first prompt's noise.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+) -> None:
+    """Search the best plan for a budget, on prompts; it says what it reaches on prompts held back."""
+    from dcc.tables import plan_table
+
+    _writable(out, "OUT")
+    call = dcc.demo.settings(pipeline) if pipeline in dcc.demo.names() else {}
+    call |= {} if steps is None else {"num_inference_steps": steps}
+    texts = dcc.demo.prompts("calib") if prompts is None else _lines(prompts)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with Stages() as stages:
+            stages(f"loading {pipeline}")
+            budget = {"speedup": speedup, "quality": quality, "latency": latency, "cache_bytes": cache_bytes}
+            plan = dcc.plan(
+                _load(pipeline), texts[:number], effort=effort, seed=seed, progress=stages.grouped, **budget, **call
+            )
+    finally:
+        torch.set_num_threads(before)
+    plan.save(out)
+    console = Console(highlight=False)
+    console.print(plan_table(plan))
+    console.print(f"written: {out}", soft_wrap=True)
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises PromptError where there is no such file."""
+    try:
+        return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise PromptError(f"--prompts {file}: cannot be read: {error.strerror}") from error
 
 
 def _demo(

@@ -167,7 +167,7 @@ def prepare(
     batches: list[Batch] = []
     while (done := sum(len(batch.prompts) for batch in batches)) < len(prompts):
         chunk = slice(done, done + batch_size)
-        progress(f"uncached run of prompt {done + 1} of {len(prompts)}")
+        progress(f"uncached runs: prompt {done + 1} of {len(prompts)}")
         try:
             batches.append(_uncached(target, recording, list(prompts[chunk]), list(seeds[chunk]), traced))
         except (TypeError, ValueError, RuntimeError):

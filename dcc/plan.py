@@ -193,6 +193,11 @@ def _check(plan: Plan) -> None:
     )
     require(bool(plan.sites) and all(isinstance(s, str) for s in plan.sites), "sites", "must be names, at least one")
     require(
+        not plan.measured or all(_finite(plan.measured.get(name)) for name in ("prompts", "psnr_mean", "psnr_worst")),
+        "measured",
+        "must be empty or hold numbers for prompts, psnr_mean and psnr_worst",
+    )
+    require(
         isinstance(plan.limits, tuple) and len(plan.limits) in (0, len(plan.levels)) and all(map(_finite, plan.limits)),
         "limits",
         "must be empty or hold a finite number a level",

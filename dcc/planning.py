@@ -229,7 +229,7 @@ def _speedup_for(subject: Subject, budget: Budget, prompt: Any, seed: int, progr
     times = []
     try:
         for index in range(TIMED_RUNS + 1):
-            progress(f"timing uncached run {index} of {TIMED_RUNS}")
+            progress(f"timing uncached runs: {index} of {TIMED_RUNS}")
             clock.__dict__["seconds"] = 0.0
             start = time.perf_counter()
             subject.target.generate([prompt], [seed])

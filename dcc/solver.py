@@ -160,7 +160,7 @@ class Search:
                 if site == leader.site:
                     self._try(replace(leader, rule=rule), scored)
         winner = self._climb(max(scored, key=lambda c: scored[c].mean), scored, moves - moves // 2)
-        self.say(f"{winner.full} full steps, best of {len(scored)}: {scored[winner].mean:.1f} dB, {winner}")
+        self.say(f"searching: {winner.full} full steps, best of {len(scored)}: {scored[winner].mean:.1f} dB, {winner}")
         return winner, scored[winner]
 
     def full_steps(self, site: str, speedup: float) -> int:
@@ -202,7 +202,7 @@ class Search:
         outcome = self.problem.fitting.score(candidate, best)
         if outcome.complete:
             scored[candidate] = outcome
-        self.say(f"{candidate.full} full steps, {outcome.mean:.1f} dB, {candidate}")
+        self.say(f"searching: {candidate.full} full steps, {outcome.mean:.1f} dB, {candidate}")
 
     def _climb(self, best: Candidate, scored: dict[Candidate, Outcome], budget: int) -> Candidate:
         """Shifts one anchor at a time while that helps; stops after `budget` runs or when no move is left untried."""
@@ -218,7 +218,7 @@ class Search:
             if new.complete and new.mean > outcome.mean:
                 best, outcome = candidate, new
                 scored[best] = outcome
-                self.say(f"{best.full} full steps, {outcome.mean:.1f} dB, {best}")
+                self.say(f"searching: {best.full} full steps, {outcome.mean:.1f} dB, {best}")
         return best
 
     def _neighbour(self, mask: tuple[int, ...], tried: set[tuple[int, ...]]) -> tuple[int, ...] | None:

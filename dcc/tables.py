@@ -7,7 +7,7 @@ import statistics
 from rich.table import Table
 from rich.text import Text
 
-from dcc.plan import Plan
+from dcc.plan import Plan, describe
 from dcc.quality import mean_psnr
 from dcc.report import Report, Row
 from dcc.text import decibels, human_bytes, human_seconds
@@ -55,6 +55,8 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("expected", f"{plan.speedup:.2f}x fewer denoiser FLOPs")
     table.add_row("", f"{plan.flops_uncached / 1e9:.2f} to {plan.flops / 1e9:.2f} GFLOP a run and stream")
     table.add_row("cache", f"{human_bytes(plan.cache_bytes)} a stream")
+    if plan.measured:
+        table.add_row("measured", describe(plan.measured))
     return table
 
 

@@ -118,6 +118,35 @@ def test_plan_show(plan_file: Path):
     assert run("plan", "show", plan_file, "--steps").stdout.count("+1 of 0") == 2
 
 
+@pytest.mark.slow
+def test_plan_search(tmp_path: Path):
+    arguments = ("--speedup", "2", "--effort", "fast", "--number", "4", "--steps", "6")
+    result = run("plan", "search", tmp_path / "plan.json", *arguments)
+    assert result.exit_code == 0, result.output
+    plan = dcc.Plan.load(tmp_path / "plan.json")
+    assert plan.steps == 6 and plan.speedup >= 2 and plan.policy == "solver"
+    for text in ("2 held-back prompts", "3 plain steps instead", f"written: {tmp_path}"):
+        assert text in " ".join(result.stdout.split()), text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("nowhere/plan.json", "--speedup", "2"), "there is no folder"),
+        (("plan.json", "--prompts", "none.txt"), "none.txt: cannot be read"),
+        (("plan.json", "--quality", "-1"), "quality=-1.0 must be a positive number"),
+        (("plan.json", "--speedup", "2", "--quality", "30"), "two budgets"),
+        (("plan.json", "--speedup", "2", "--effort", "max"), "fast, normal, thorough"),
+    ],
+)
+def test_plan_search_refuses_before_any_work(arguments: tuple[str, ...], problem: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("plan", "search", *arguments)
+    assert result.exit_code == 1
+    assert problem in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_plan_show_says_what_is_wrong_with_a_file(tmp_path: Path, plan_file: Path):
     missing = run("plan", "show", tmp_path / "none.json")
     assert missing.exit_code == 1 and "cannot be read" in missing.stderr
