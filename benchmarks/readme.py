@@ -55,6 +55,27 @@ def zoo(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def quality(results: list[dict[str, Any]]) -> str:
+    """The searched plan against the best of everything else at the same compute or less."""
+    lines = [
+        "| pipeline | FLOPs | searched plan, PSNR | worst prompt | best rival at that compute or less | PSNR | gain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for data in results:
+        for budget in (2, 3, 4, 5, 7):
+            rows = [row for row in data["rows"] if row.get("speedup", 0.0) >= data["slack"] * budget]
+            ours = [row for row in rows if row["family"] == "dcc solver" and row["budget"] == budget]
+            if not ours:
+                continue
+            rival = max((row for row in rows if row["family"] != "dcc solver"), key=lambda row: row["psnr"])
+            gain = ours[0]["psnr"] - rival["psnr"]
+            lines.append(
+                f"| `{data['pipeline']}` | 1/{budget} | {ours[0]['psnr']:.1f} dB | {ours[0]['psnr_worst']:.1f} dB "
+                f"| {rival['name'].rsplit(' @ ', 1)[0]} | {rival['psnr']:.1f} dB | {gain:+.1f} dB |"
+            )
+    return "\n".join(lines)
+
+
 def replace(text: str, name: str, table: str) -> str:
     """`text` with the part between the markers of `name` replaced. Raises ValueError where they are missing."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -69,6 +90,8 @@ def main() -> None:
     text = replace(text, "speed", speed(json.loads((HERE / "results" / "speed.json").read_text())))
     figures = [json.loads((HERE / "results" / f"zoo_{name}.json").read_text()) for name in DENOISERS]
     text = replace(text, "zoo", zoo(figures))
+    measured = [HERE / "results" / f"quality_{name}.json" for name in DENOISERS]
+    text = replace(text, "quality", quality([json.loads(file.read_text()) for file in measured if file.exists()]))
     README.write_text(text)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,12 +28,10 @@ from dcc.pipeline import (
 from dcc.plan import Plan, make_plan
 from dcc.planning import DEFAULT_EFFORT, Subject, budget_of, plan_within
 from dcc.policies import DEFAULT_SITE, POLICIES, make_policy, parameter_names
+from dcc.profile import Profile
 from dcc.record import Recording
 from dcc.runtime import CompiledDenoiser
 from dcc.sites import Sites, find_sites
-
-if TYPE_CHECKING:
-    from dcc.profile import Profile
 
 
 def compile(

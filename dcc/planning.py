@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,21 +14,20 @@ from torch import nn
 from dcc.build import build, cost
 from dcc.capture import Captured
 from dcc.closed_loop import Candidate, ClosedLoop, prepare
-from dcc.errors import BudgetError
+from dcc.errors import BudgetError, ProfileError
 from dcc.fingerprint import fingerprint
 from dcc.observe import Observer
 from dcc.passes.dataflow import Dataflow
 from dcc.pipeline import Target
 from dcc.plan import Plan, make_plan
 from dcc.predictors import Predictor
+from dcc.profile import Profile
+from dcc.proposals import propose
 from dcc.proxy import DenoiserProxy
 from dcc.record import Recording
 from dcc.runtime import CompiledDenoiser, Family
 from dcc.sites import Sites
 from dcc.solver import EFFORTS, Goal, Problem, solve, split
-
-if TYPE_CHECKING:
-    from dcc.profile import Profile
 
 DEFAULT_EFFORT = "normal"
 DEFAULT_QUALITY = 35.0  # dB; differences are then hard to see side by side
@@ -144,7 +143,11 @@ def plan_within(
     """The best plan for a budget, searched on `prompts`; the noise of prompt i comes from seed + i."""
     fitting, held_back = split(prompts)
     if profile is not None:
-        profile.check(subject.target.module, subject.target.scheduler, subject.run.first.tensors[0].dtype)
+        profile.check(subject.target.module, subject.target.scheduler)
+        if profile.steps != len(subject.run.levels):
+            raise ProfileError(
+                f"the profile has {profile.steps} steps, this run {len(subject.run.levels)}; calibrate this run"
+            )
     goal = budget.goal or Goal(_speedup_for(subject, budget, prompts[0], seed, progress), None, budget.cache_bytes)
     loops = [
         _loop(subject, [prompts[i] for i in chosen], [seed + i for i in chosen], data_range, traced, progress)
@@ -161,6 +164,7 @@ def plan_within(
         held_back=loops[1],
         plan=subject.plan,
         fewer=lambda steps: _fewer_steps(loops[1], steps),
+        proposals=lambda site, full: [propose(profile, site, full)] if profile is not None else [],
         usual_errors=lambda candidate, coefficients: subject.usual_errors(candidate, coefficients, loops[0]),
     )
     return solve(problem, goal, budget.effort, seed, progress)

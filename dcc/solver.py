@@ -192,8 +192,9 @@ class Search:
         return {site: self.full_steps(site, self.problem.steps / full) for site, _ in self.families}
 
     def _starts(self, site: str, rule: Any, full: int, scored: dict[Candidate, Outcome], few: bool) -> None:
-        masks = [*self.problem.proposals(site, full), *start_masks(self.problem.steps, full)]
-        for mask in masks[:2] if few else masks[:6]:
+        even, *others = start_masks(self.problem.steps, full)
+        masks = [even, *others[:1]] if few else [even, *self.problem.proposals(site, full), *others][:6]
+        for mask in masks:
             self._try(Candidate(site, rule, mask), scored)
 
     def _try(self, candidate: Candidate, scored: dict[Candidate, Outcome]) -> None:
