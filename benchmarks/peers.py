@@ -73,23 +73,31 @@ def first_block_cache(subject: Subject, pipe: Any, threshold: float) -> Iterator
         yield
 
 
+# every residual branch, where the library's default is the attention of transformers: (forecast, left out)
+BRANCHES = {
+    "mmdit": (
+        [r"transformer_blocks\.\d+\.(attn|ff|ff_context)", r"single_transformer_blocks\.\d+\.proj_out"],
+        [r"single_transformer_blocks\.\d+\.(attn|proj_mlp)"],
+    ),
+    "unet": ([r".*\.resnets\.\d+", r".*\.transformer_blocks\.\d+\.(attn1|attn2|ff)"], None),
+}
+
+
 @contextlib.contextmanager
 def taylorseer(
-    subject: Subject, pipe: Any, interval: int, order: int, first: int = 3, lite: bool = False, dtype: str = "float32"
+    subject: Subject, pipe: Any, interval: int, order: int, place: str = "default", dtype: str = "float32"
 ) -> Iterator[None]:
-    """TaylorSeer: per branch (the default), or lite: the output projection only. On a U-Net by module names."""
+    """TaylorSeer at its default modules, in lite mode (the output projection only), or at every branch by name."""
     import torch
     from diffusers import TaylorSeerCacheConfig
 
-    names = None
-    if subject.name == "unet":
-        names = [r".*\.resnets\.\d+", r".*\.transformer_blocks\.\d+\.(attn1|attn2|ff)"]
+    forecast, left_out = BRANCHES[subject.name] if place == "branches" else (None, None)
     config = TaylorSeerCacheConfig(
         cache_interval=interval,
         max_order=order,
-        disable_cache_before_step=first,
-        use_lite_mode=lite,
-        cache_identifiers=names,
+        use_lite_mode=place == "lite",
+        cache_identifiers=forecast,
+        skip_predict_identifiers=left_out,
         taylor_factors_dtype=getattr(torch, dtype),
     )
     with diffusers_cache(subject, pipe, config):
@@ -203,14 +211,12 @@ def _diffusers(subject: Subject) -> Iterator[Contestant]:
     def variants() -> Iterator[Contestant]:
         yield Contestant("FirstBlockCache", "diffusers FirstBlockCache", first_block_cache, {}, threshold, dynamic=True)
         for order in (1, 2):
-            for lite in (False, True):
-                label = f"TaylorSeer{' lite' if lite else ''} order {order}"
-                options = {"order": order, "lite": lite}
+            for place in ("default", "branches", "lite"):
+                options = {"order": order, "place": place}
+                label = f"TaylorSeer {place} order {order}"
                 yield Contestant(label, "diffusers TaylorSeer", taylorseer, options, interval_knob(subject))
-        options = {"order": 1, "dtype": "bfloat16"}
-        yield Contestant(
-            "TaylorSeer order 1, bf16", "diffusers TaylorSeer", taylorseer, options, interval_knob(subject)
-        )
+        options = {"order": 1, "place": "lite", "dtype": "bfloat16"}
+        yield Contestant("TaylorSeer lite, bf16", "diffusers TaylorSeer", taylorseer, options, interval_knob(subject))
         for order in (0, 1):
             options = {"order": order}
             yield Contestant(
@@ -282,13 +288,19 @@ def _cache_dit(subject: Subject) -> Iterator[Contestant]:
     threshold = Knob("threshold", low=1e-3, high=30.0)
 
     def variants() -> Iterator[Contestant]:
-        for blocks in ((1, 0), (2, 0), (1, 1)):
-            for warmup in (1, 4):
-                for calibrator in forecasts:
-                    family = "cache-dit DBCache" + (" + calibrator" if calibrator else "")
-                    name = f"DBCache F{blocks[0]}B{blocks[1]} W{warmup} {calibrator}".rstrip()
-                    options = {"blocks": blocks, "warmup": warmup, "calibrator": calibrator}
-                    yield Contestant(name, family, cache_dit_cache, options, threshold, dynamic=True)
+        plain, taylor = ("",), ("taylorseer 1", "taylorseer 2")
+        for blocks, warmup, calibrators in (
+            ((1, 0), 1, forecasts),
+            ((1, 0), 4, plain + taylor),
+            ((2, 0), 1, plain + taylor),
+            ((4, 0), 1, plain + taylor),  # the library's default of 8 is half of a model of 16 blocks or more
+            ((1, 1), 1, plain + taylor),
+        ):
+            for calibrator in calibrators:
+                family = "cache-dit DBCache" + (" + calibrator" if calibrator else "")
+                name = f"DBCache F{blocks[0]}B{blocks[1]} W{warmup} {calibrator}".rstrip()
+                options = {"blocks": blocks, "warmup": warmup, "calibrator": calibrator}
+                yield Contestant(name, family, cache_dit_cache, options, threshold, dynamic=True)
         for calibrator in forecasts:
             name = f"DBCache even mask {calibrator}".rstrip()
             options = {"calibrator": calibrator}

@@ -32,7 +32,7 @@ from baselines import baselines
 from peers import peers
 from rich.console import Console
 from rich.table import Table
-from subjects import BUDGETS, Contestant, DoesNotRun, Subject
+from subjects import BUDGETS, SLACK, Contestant, DoesNotRun, Subject
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcc
@@ -43,11 +43,8 @@ from dcc.pipeline import Samples
 SEED = 1000  # of the first test prompt
 CALIBRATION_SEED = 0
 BATCH = 16
-TUNING = 4  # calibration prompts on which knobs are tuned, for contestants that decide by what they see
-BISECTIONS = 12
-SLACK = (
-    0.98  # a row counts at a budget from this share of it on: what was tuned on other prompts may fall a little short
-)
+TUNING = 6  # calibration prompts on which knobs are tuned, for contestants that decide by what they see
+REFINEMENTS, CLOSE = 4, 1.04  # how often a tuned threshold is moved, and how far above the budget it may stay
 SAME = 100.0  # dB; images closer than this are equal
 VERSIONS = ("torch", "diffusers", "transformers", "cache-dit", "DeepCache", "diffusion-cache-compiler")
 
@@ -121,12 +118,30 @@ class Measurement:
         parameters = dict(contestant.parameters)
         if contestant.knob:
             parameters[contestant.knob.name] = self._tune(contestant)
-        key = (_label(contestant.name), repr(parameters))
-        if key not in self._reached:
-            self._reached[key] = self._at(contestant, parameters)
-        return self._reached[key]
+        facts = self._at(contestant, parameters)
+        if contestant.dynamic and contestant.knob:
+            facts = self._refine(contestant, facts)
+        return facts
+
+    def _refine(self, contestant: Contestant, facts: dict[str, Any]) -> dict[str, Any]:
+        """A threshold tuned on other prompts, moved a little until the test prompts meet the budget closely."""
+        name, least = contestant.knob.name, SLACK * contestant.budget
+        for _ in range(REFINEMENTS):
+            short = facts["speedup"] < least
+            if not short and facts["speedup"] <= CLOSE * contestant.budget:
+                break
+            moved = facts["parameters"][name] * (1.08 if short else 0.95)
+            other = self._at(contestant, facts["parameters"] | {name: float(f"{moved:.4g}")})
+            if not short and other["speedup"] < least:
+                break
+            facts = other
+        return facts
 
     def _at(self, contestant: Contestant, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Quality and compute on the test prompts with these parameters."""
+        key = (_label(contestant.name), repr(parameters))
+        if key in self._reached:
+            return self._reached[key]
         with self._installed(contestant, parameters) as (pipe, changes):
             if contestant.dynamic:
                 images, counts = self._one_by_one(pipe, changes, self.prompts, SEED)
@@ -137,7 +152,7 @@ class Measurement:
             raise DoesNotRun("gives values that are not finite")
         flops = statistics.mean(counts)
         shown, raw = _compare(images.images, self.reference.images), _compare(images.raw, self.reference.raw)
-        return {
+        self._reached[key] = {
             "parameters": parameters,
             "speedup": self.flops / flops if flops else math.inf,
             "gflops": flops / 1e9,
@@ -145,10 +160,11 @@ class Measurement:
             **shown,
             "before_clamp": raw,
         }
+        return self._reached[key]
 
     def _tune(self, contestant: Contestant) -> Any:
         """The knob's value with the most compute that meets the budget, by bisection on measured FLOPs."""
-        knob, budget = contestant.knob, contestant.budget or 1.0
+        knob, budget = contestant.knob, SLACK * contestant.budget
 
         def speedup(value: Any) -> float:
             key = (_label(contestant.name), value)
@@ -159,7 +175,12 @@ class Measurement:
                 self._tried[key] = self.flops / max(statistics.mean(counts), 1)
             return self._tried[key]
 
-        return _bisect(speedup, knob.values, knob.low, knob.high, budget)
+        if knob.values:
+            return _first(speedup, knob.values, budget)
+        known = {value: ratio for (label, value), ratio in self._tried.items() if label == _label(contestant.name)}
+        low = max((value for value, ratio in known.items() if ratio < budget), default=knob.low)
+        high = min((value for value, ratio in known.items() if ratio >= budget), default=knob.high)
+        return _bisect(speedup, low, high, budget)
 
     @contextlib.contextmanager
     def _installed(self, contestant: Contestant, parameters: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -195,21 +216,24 @@ class Measurement:
             raise RuntimeError(f"after {contestant.name} the uncached pipeline gives other images than before")
 
 
-def _bisect(speedup: Callable[[Any], float], values: Sequence[Any], low: float, high: float, budget: float) -> Any:
-    """The value nearest to full compute that reaches the budget: of `values`, or between `low` and `high`."""
-    if values:
-        if speedup(values[0]) >= budget:
-            return values[0]
-        first, last = 1, len(values) - 1
-        if speedup(values[last]) < budget:
-            raise DoesNotRun(f"reaches {speedup(values[last]):.2f}x at most")
-        while first < last:
-            middle = (first + last) // 2
-            first, last = (first, middle) if speedup(values[middle]) >= budget else (middle + 1, last)
-        return values[last]
+def _first(speedup: Callable[[Any], float], values: Sequence[Any], budget: float) -> Any:
+    """The first of `values`, which compute less and less, that reaches the budget."""
+    if speedup(values[0]) >= budget:
+        return values[0]
+    first, last = 1, len(values) - 1
+    if speedup(values[last]) < budget:
+        raise DoesNotRun(f"reaches {speedup(values[last]):.2f}x at most")
+    while first < last:
+        middle = (first + last) // 2
+        first, last = (first, middle) if speedup(values[middle]) >= budget else (middle + 1, last)
+    return values[last]
+
+
+def _bisect(speedup: Callable[[Any], float], low: float, high: float, budget: float) -> float:
+    """The smallest threshold between two that reaches the budget, to a few percent."""
     if speedup(high) < budget:
         raise DoesNotRun(f"reaches {speedup(high):.2f}x at most")
-    for _ in range(BISECTIONS):
+    while high > 1.03 * low:
         middle = float(f"{math.sqrt(low * high):.4g}")
         low, high = (low, middle) if speedup(middle) >= budget else (middle, high)
     return high

@@ -14,6 +14,7 @@ import dcc
 from dcc.pipeline import PipelineTarget
 
 BUDGETS = (2.0, 3.0, 4.0, 5.0, 7.0)
+SLACK = 0.98  # a row counts at a budget from this share of it on, so that 17 of 50 steps count as 3x
 Changes = dict[str, Any]  # arguments of the pipeline's call that a contestant changes
 
 
@@ -93,7 +94,7 @@ def budgets(variants: Iterable[Contestant]) -> Iterator[Contestant]:
         for budget in BUDGETS:
             knob = variant.knob
             if knob and knob.name == "full_steps":
-                knob = replace(knob, values=tuple(n for n in knob.values if n * budget <= max(knob.values)))
+                knob = replace(knob, values=tuple(n for n in knob.values if n * SLACK * budget <= max(knob.values)))
             elif knob and knob.name == "interval":
                 knob = replace(knob, values=tuple(n for n in knob.values if n >= budget))
             yield replace(variant, name=f"{variant.name} @ {budget:g}x", budget=budget, knob=knob)
