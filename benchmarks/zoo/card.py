@@ -29,9 +29,9 @@ MIX = {
     "unet": "two-object scenes 40% of them, 50 to 65% in the last third and 40% again at the very end",
 }
 BEFORE = {
-    "mmdit": """Begun with the weights of an earlier run of 3,887 steps, which had learned colours and places but mixed up
-the properties of two objects. Its text encoders were then taught to read (`train_text.py`, 1,500 steps of captions
-without pictures): linear probes on each word's state must say which shape, colour, size and place its object has.
+    "mmdit": """Begun with the weights of an earlier run of 3,887 steps, which had learned colours and places but
+mixed up the properties of two objects. Its text encoders were then taught to read (`train_text.py`, 1,500 steps of
+captions without pictures): linear probes on each word's state must say which shape, colour, size and place its object has.
 That made the difference; then everything was trained on together. """,
     "unet": "",
 }
