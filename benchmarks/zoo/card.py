@@ -30,9 +30,9 @@ MIX = {
 }
 BEFORE = {
     "mmdit": """Begun with the weights of an earlier run of 3,887 steps, which had learned colours and places but
-mixed up the properties of two objects. Its text encoders were then taught to read (`train_text.py`, 1,500 steps of
-captions without pictures): linear probes on each word's state must say which shape, colour, size and place its object has.
-That made the difference; then everything was trained on together. """,
+mixed up the properties of two objects. Its text encoders were then taught to read (`train_text.py`, 1,500 steps
+of captions without pictures): linear probes on each word's state must say which shape, colour, size and place
+its object has. That made the difference; then everything was trained on together. """,
     "unet": "",
 }
 LIMITS = {
