@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -125,13 +126,14 @@ def solver_plans(subject: Subject) -> Iterator[Contestant]:
     """The plans that lie in results/plans/<pipeline>_<speed-up>x.json."""
     for path in sorted(PLANS.glob(f"{subject.name}_*x.json")):
         speedup = float(path.stem.removeprefix(f"{subject.name}_").removesuffix("x"))
+        parameters = {"plan": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
         yield Contestant(
-            f"dcc solver @ {speedup:g}x", "dcc solver", solver_plan, {"plan": path.name}, budget=speedup, shared=True
+            f"dcc solver @ {speedup:g}x", "dcc solver", solver_plan, parameters, budget=speedup, shared=True
         )
 
 
 @contextlib.contextmanager
-def solver_plan(subject: Subject, pipe: Any, plan: str) -> Iterator[Changes]:
+def solver_plan(subject: Subject, pipe: Any, plan: str, sha256: str) -> Iterator[Changes]:
     """A plan file, compiled as a user would."""
     loaded = Plan.load(PLANS / plan)
     changes = {"num_inference_steps": loaded.steps}

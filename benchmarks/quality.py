@@ -281,19 +281,15 @@ def load(name: str) -> dict[str, Any]:
 def run(name: str, prompts: int, only: str, refresh: bool) -> None:
     """Measures every contestant that has no row yet."""
     subject = Subject(name)
-    rows = {row["name"]: row for row in load(name)["rows"] if row["weights"] == subject.weights}
-
-    def missing(contestant: Contestant) -> bool:
-        row = rows.get(contestant.name)
-        return refresh or row is None or row["prompts"] < prompts
-
     everyone = [*baselines(subject), *peers(subject)]
-    todo = [c for c in everyone if only in c.name and missing(c)]
+    order = {contestant.name: index for index, contestant in enumerate(everyone)}
+    kept = (row for row in load(name)["rows"] if row["weights"] == subject.weights and row["name"] in order)
+    rows = {row["name"]: row for row in kept}
+    todo = [c for c in everyone if only in c.name and (refresh or not _holds(rows.get(c.name), c, prompts))]
     if not todo:
         print("every row is there; --refresh measures again")
         return
     measurement = Measurement(subject, prompts)
-    order = {contestant.name: index for index, contestant in enumerate(everyone)}
     for index, contestant in enumerate(todo):
         row = rows[contestant.name] = measurement.row(contestant)
         said = row.get("reason") or f"{row['speedup']:.2f}x {row['psnr']:.1f} dB, worst {row['psnr_worst']:.1f}"
@@ -305,9 +301,17 @@ def run(name: str, prompts: int, only: str, refresh: bool) -> None:
             "call": subject.call,
             "gflops": measurement.flops / 1e9,
             "slack": SLACK,
-            "rows": sorted(rows.values(), key=lambda row: order.get(row["name"], len(order))),
+            "rows": sorted(rows.values(), key=lambda row: order[row["name"]]),
         }
         measure.write(f"quality_{name}", facts)
+
+
+def _holds(row: dict[str, Any] | None, contestant: Contestant, prompts: int) -> bool:
+    """Whether a row is there that says what measuring again would."""
+    if row is None or row["prompts"] < prompts:
+        return False
+    own = json.loads(json.dumps(contestant.parameters))  # as the file gives them back
+    return all(row["parameters"].get(name) == value for name, value in own.items())
 
 
 def best(rows: Sequence[dict[str, Any]], budget: float) -> list[dict[str, Any]]:
