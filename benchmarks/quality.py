@@ -1,6 +1,6 @@
 """Quality against compute on the demo pipelines: dcc, other libraries' caches, and fewer steps.
 
-    python benchmarks/quality.py unet [--prompts 32] [--only NAME] [--refresh]
+    python benchmarks/quality.py unet [--prompts 32] [--only REGEX] [--refresh]
     python benchmarks/quality.py unet --table
     python benchmarks/quality.py unet --plot quality_unet.png
 
@@ -16,6 +16,7 @@ import contextlib
 import functools
 import json
 import math
+import re
 import statistics
 import time
 import warnings
@@ -285,7 +286,7 @@ def run(name: str, prompts: int, only: str, refresh: bool) -> None:
     order = {contestant.name: index for index, contestant in enumerate(everyone)}
     kept = (row for row in load(name)["rows"] if row["weights"] == subject.weights and row["name"] in order)
     rows = {row["name"]: row for row in kept}
-    todo = [c for c in everyone if only in c.name and (refresh or not _holds(rows.get(c.name), c, prompts))]
+    todo = [c for c in everyone if re.search(only, c.name) and (refresh or not _holds(rows.get(c.name), c, prompts))]
     if not todo:
         print("every row is there; --refresh measures again")
         return
@@ -379,7 +380,7 @@ def plot(name: str, path: str) -> None:
 def main(
     pipeline: Annotated[str, typer.Argument(help="mmdit or unet")],
     prompts: Annotated[int, typer.Option(help="test prompts")] = 64,
-    only: Annotated[str, typer.Option(help="contestants whose name contains this")] = "",
+    only: Annotated[str, typer.Option(help="contestants whose name matches this")] = "",
     refresh: Annotated[bool, typer.Option(help="measure rows again that are there")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads, 0 for torch's own choice")] = 0,
     show: Annotated[bool, typer.Option("--table", help="print the result file by budget; measure nothing")] = False,

@@ -36,7 +36,7 @@ its object has. That made the difference; then everything was trained on togethe
     "unet": "",
 }
 LIMITS = {
-    "mmdit": "Small crosses and circles are sometimes blurred into one another.",
+    "mmdit": "Small green crosses, a pair never trained on, often come out as blobs.",
     "unet": "Guidance well above 3 shifts colours.",
 }
 COLUMNS = ("followed", "shape", "colour", "place", "size", "background")
