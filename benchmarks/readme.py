@@ -76,6 +76,17 @@ def quality(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def runs(data: dict[str, Any]) -> str:
+    """A plan at other step counts, and with the guard."""
+    lines = ["| steps | plan made for | full steps | PSNR | worst prompt |", "|---|---|---|---|---|"]
+    for row in data["rows"]:
+        made = f"{row['plan_for']} steps" + (", guard" if row.get("guard") else "")
+        lines.append(
+            f"| {row['steps']} | {made} | {row['computed']:.1f} | {row['psnr']:.1f} dB | {row['psnr_worst']:.1f} dB |"
+        )
+    return "\n".join(lines)
+
+
 def replace(text: str, name: str, table: str) -> str:
     """`text` with the part between the markers of `name` replaced. Raises ValueError where they are missing."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -92,6 +103,9 @@ def main() -> None:
     text = replace(text, "zoo", zoo(figures))
     measured = [HERE / "results" / f"quality_{name}.json" for name in DENOISERS]
     text = replace(text, "quality", quality([json.loads(file.read_text()) for file in measured if file.exists()]))
+    other = HERE / "results" / "other_runs_mmdit.json"
+    if other.exists():
+        text = replace(text, "runs", runs(json.loads(other.read_text())))
     README.write_text(text)
 
 
