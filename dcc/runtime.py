@@ -205,7 +205,12 @@ class CompiledDenoiser(DenoiserProxy):
         """
         context, plan = self.position, self.plan
         if context is not None and context.step_index is not None:
-            if (context.num_inference_steps or plan.steps) == plan.steps and 0 <= context.step_index < plan.steps:
+            if (context.num_inference_steps or plan.steps) == plan.steps:
+                if not 0 <= context.step_index < plan.steps:
+                    raise PositionError(
+                        f"step {context.step_index} of {context.num_inference_steps} does not fit a plan of "
+                        f"{plan.steps} steps"
+                    )
                 return context.step_index
         time = self.recording.time
         if time is None:

@@ -62,6 +62,17 @@ def test_the_same_seed_gives_the_same_plan() -> None:
     assert plans[0] == plans[1]
 
 
+def test_a_profile_adds_candidates_and_must_fit_the_run() -> None:
+    pipe, call = dcc.demo.load("mmdit"), {**settings("mmdit"), "num_inference_steps": 6}
+    profile = dcc.calibrate(pipe, PROMPTS[:2], **call)
+    plan = dcc.plan(pipe, PROMPTS[:4], profile, speedup=2, **call)
+    assert plan.speedup >= 2
+    with pytest.raises(errors.ProfileError, match="the profile has 6 steps, this run 5"):
+        dcc.plan(pipe, PROMPTS[:4], profile, speedup=2, **{**call, "num_inference_steps": 5})
+    with pytest.raises(errors.ProfileError):
+        dcc.plan(dcc.demo.load("unet"), PROMPTS[:4], profile, speedup=2, **settings("unet"))
+
+
 def test_compile_with_a_budget_serves_the_plan_it_found() -> None:
     pipe = dcc.demo.load("mmdit")
     lines: list[str] = []

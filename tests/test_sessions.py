@@ -231,8 +231,8 @@ def test_an_unknown_timestep_is_refused_and_disturbs_nothing() -> None:
     net, prompt = net_for(), tiny.prompt(MODEL, 1)
     running = tiny.generation(MODEL, tiny.denoise_with(net), 1, prompt)
     begun = [next(running) for _ in range(3)]
-    wrong = tiny.arguments(MODEL, prompt, tiny.noise(MODEL, 1), 0) | {"timestep": torch.tensor([650, 650])}
-    with pytest.raises(PositionError, match=r"timestep=650 is not among the plan's 7 levels \(900 to 100\)"):
+    wrong = tiny.arguments(MODEL, prompt, tiny.noise(MODEL, 1), 0) | {"timestep": torch.tensor([5000, 5000])}
+    with pytest.raises(PositionError, match=r"timestep=5000 is outside the plan's levels \(900 to 100\)"):
         net(**wrong)
     assert_same([*begun, *running], alone(1))
     assert net.sessions.counts.computed == sum(MASK)
@@ -245,7 +245,7 @@ def test_several_noise_levels_in_one_batch_are_refused() -> None:
         net(**(kwargs | {"timestep": torch.tensor([900, 800])}))
 
 
-@pytest.mark.parametrize(("index", "steps"), [(7, 7), (-1, None), (2, 9)])
+@pytest.mark.parametrize(("index", "steps"), [(7, 7), (-1, None)])
 def test_a_position_outside_of_the_plan_is_refused(index: int, steps: int | None) -> None:
     net = net_for()
     kwargs = tiny.arguments(MODEL, tiny.prompt(MODEL, 1), tiny.noise(MODEL, 1), 0)
