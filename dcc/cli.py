@@ -126,7 +126,7 @@ def evaluate(
     policies = [parse_policy(text) for text in policy or []]
     if not policies and not plan:
         policies = [(name, {"interval": interval}) for name, interval in INTERVALS.items()]
-    wanted = (named(policies) if policies else {}) | {str(file): dcc.Plan.load(file) for file in plan or []}
+    wanted = (named(policies) if policies else {}) | _plans(plan or [])
     for option, path in (("--html", html), ("--csv", csv), ("--json", json)):
         if path is not None:
             _writable(path, option)
@@ -226,6 +226,12 @@ def plan_search(
     console = Console(highlight=False)
     console.print(plan_table(plan))
     console.print(f"written: {out}", soft_wrap=True)
+
+
+def _plans(paths: list[Path]) -> dict[str, dcc.Plan]:
+    """The plans of these files, named like the files; by their whole path where two files share a name."""
+    stems = [path.stem for path in paths]
+    return {path.stem if stems.count(path.stem) == 1 else str(path): dcc.Plan.load(path) for path in paths}
 
 
 def _lines(file: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """A plan on other noise levels than it was made for: another step count, a shifted schedule, another resolution.
 
 A position is a fractional step of the plan, interpolated between its levels. An anchor is computed at the call nearest
-to its level; coefficients are interpolated within a gap and moved to where the anchors of this run really stand.
+to its level; what the plan adds to linear extrapolation is interpolated and added to that of this run's own anchors.
 """
 
 from __future__ import annotations
@@ -59,22 +59,31 @@ def ends(plan: Plan, last: float, now: float) -> bool:
 def coefficients(plan: Plan, selector: int, now: float, anchors: Sequence[float]) -> list[float]:
     """Weights of the anchors that stand at `anchors` (newest first) for a forecast at `now`.
 
-    The plan's own weights c at `now`, for anchors at its steps a, become the weights w for anchors at u that treat
-    every polynomial of degree below their number alike: sum_j w_j u_j^k = sum_j c_j a_j^k.
+    Linear extrapolation from where the anchors of this run really stand, plus what the plan's own weights add to the
+    linear extrapolation of its anchors at this noise level. Measured against moving all weights so that polynomials
+    are kept, and against polynomials alone, on a plan for 28 steps at 20 and 40: this was the best at both.
     """
     computed = [step for step, row in enumerate(plan.schedule) if row[selector]]
     begin = max((step for step in computed if step <= anchors[0] + 0.5), default=computed[0])
     gap = range(begin + 1, min((s for s in computed if s > begin), default=plan.steps))
-    if not gap:  # neighbouring anchors in the plan: this run steps more finely, or one was computed early
-        return newton(now, list(anchors[:2])).tolist()
-    low = min(max(math.floor(now), gap[0]), gap[-1])
-    high = min(max(math.ceil(now), gap[0]), gap[-1])
-    share = min(max(now - low, 0.0), 1.0) if high > low else 0.0
-    own = (1 - share) * np.array(plan.coefficients[low][selector]) + share * np.array(plan.coefficients[high][selector])
-    steps = plan.anchor_steps(gap[0], selector)[: len(own)]
-    size = min(len(own), len(anchors))
-    ours, theirs = np.array(anchors[:size]) - now, np.array(steps, dtype=np.float64) - now
-    scale = max(float(np.abs(ours).max()), 1.0)
-    powers = np.arange(size)[:, None]
-    wanted = ((theirs / scale) ** powers) @ own
-    return np.linalg.solve((ours / scale) ** powers, wanted).tolist()
+    weights = np.zeros(plan.anchors)
+    near = min(2, len(anchors), plan.anchors)
+    weights[:near] = newton(now, list(anchors[:near]))
+    if gap:  # else neighbouring anchors in the plan: this run steps more finely
+        low, high = (min(max(step, gap[0]), gap[-1]) for step in (math.floor(now), math.ceil(now)))
+        share = min(max(now - low, 0.0), 1.0) if high > low else 0.0
+        added = (1 - share) * _added(plan, selector, low) + share * _added(plan, selector, high)
+        if len(anchors) < plan.anchors:
+            added[len(anchors) :] = 0.0
+        weights += added
+    return weights[: min(len(anchors), plan.anchors)].tolist()
+
+
+def _added(plan: Plan, selector: int, step: int) -> np.ndarray:
+    """The plan's weights at a forecast step less those of linear extrapolation, padded to the plan's anchors."""
+    own = np.zeros(plan.anchors)
+    values = plan.coefficients[step][selector]
+    own[: len(values)] = values
+    near = plan.anchor_steps(step, selector)[: min(2, plan.anchors)]
+    own[: len(near)] -= newton(step, near)
+    return own

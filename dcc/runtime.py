@@ -22,6 +22,7 @@ from dcc.lower import Program, Variant, lower
 from dcc.passes.base import Site, anchor_name, write_name
 from dcc.passes.graph import COEFFICIENTS
 from dcc.plan import Plan
+from dcc.predictors import newton
 from dcc.proxy import DenoiserProxy
 from dcc.record import Recording
 from dcc.session import Sessions, Stream
@@ -72,7 +73,7 @@ class CompiledDenoiser(DenoiserProxy):
             stream = self._stream(step, key, owners)
             row, weights = self._decide(family, stream, step)
             outputs = self.run(family, call, stream, row, step, weights)
-            if self.guard and all(row) and step == int(step):
+            if self.guard is not False and all(row) and step == int(step):
                 self._watch(family, stream, int(step))
             last, stream.step = stream.step, step
             if mapping.ends(self.plan, last, step) if stream.served else step == self.plan.steps - 1:
@@ -132,12 +133,13 @@ class CompiledDenoiser(DenoiserProxy):
             values[COEFFICIENTS] = self._coefficients(weights, call)
         inputs = [values[name] for name in variant.inputs]
         outputs = self.program(variant, call, inputs)(inputs)
+        limit = self.plan.anchors + len(stream.extra)
         written = dict(zip(variant.writes, outputs[variant.outputs :], strict=True))
         for k, sites in enumerate(family.selectors):
             for site in sites if row[k] else ():
                 names = [write_name(site, index) for index in range(len(site.ports))]
                 if all(name in written for name in names):
-                    stream.keep(site.name, step, tuple(written[name] for name in names), self.plan.anchors)
+                    stream.keep(site.name, step, tuple(written[name] for name in names), limit)
         if written:
             self.sessions.weigh()
         return outputs[: variant.outputs]
@@ -255,9 +257,16 @@ class CompiledDenoiser(DenoiserProxy):
             self.sessions.count("guarded")
             self.sessions.count("computed")
             return full, ()
-        if stream.extra and not all(planned):  # anchors stand elsewhere than planned
+        if stream.extra and all(planned):
+            stream.forget_extra()  # later gaps are forecast from the planned anchors alone, as they were fitted
+        elif stream.extra.intersection(self._kept(family, stream, 0)):  # the rest of a gap that got another anchor
             self.sessions.count("forecast")
-            return planned, self._moved(family, stream, step, planned)
+            near = min(2, self.plan.anchors)
+            return planned, tuple(
+                tuple(newton(step, self._kept(family, stream, k)[:near]).tolist())
+                for k, computed in enumerate(planned)
+                if not computed
+            )
         for k, computed in enumerate(planned):
             if not computed:
                 needed = self.plan.anchor_steps(int(step), k)[: len(self.plan.coefficients[int(step)][k])]

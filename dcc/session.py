@@ -27,6 +27,12 @@ class Stream:
         """Adds an anchor, newest first, and drops what exceeds `limit`."""
         self.anchors[site] = [(step, values), *self.anchors.get(site, [])][:limit]
 
+    def forget_extra(self) -> None:
+        """Drops the anchors that the guard added."""
+        for site, kept in self.anchors.items():
+            self.anchors[site] = [(step, values) for step, values in kept if step not in self.extra]
+        self.extra.clear()
+
     def steps(self, site: str) -> list[float]:
         """Steps of the site's anchors, newest first."""
         return [step for step, _ in self.anchors.get(site, [])]

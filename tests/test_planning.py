@@ -39,6 +39,8 @@ def test_a_searched_plan_keeps_its_budget_and_its_promise(planned: tuple[str, dc
     assert plan.measured["prompts"] == 2
     assert plan.measured["psnr_mean"] > plan.measured["fewer_steps_psnr"]
     assert plan.measured["psnr_worst"] <= plan.measured["psnr_mean"]
+    judged = [step for step, full in enumerate(plan.steps_mask) if full][1:]  # the first has nothing before it
+    assert [step for step, limit in enumerate(plan.limits) if limit > 0] == judged
 
 
 def test_it_beats_evenly_spread_extrapolation_on_other_prompts(planned: tuple[str, dcc.Plan]) -> None:
