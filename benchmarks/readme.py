@@ -87,6 +87,22 @@ def runs(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def promise(data: dict[str, Any]) -> str:
+    """Whether a quality target holds on new prompts."""
+    lines = [
+        f"`quality={data['quality']:g}` (effort {data['effort']!r}), then run on {data['prompts']} test prompts:",
+        "",
+        "| pipeline | FLOPs | PSNR held back | PSNR on test prompts | worst of them |",
+        "|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        lines.append(
+            f"| `{row['pipeline']}` | 1/{row['speedup']:.1f} | {row['held_back']:.1f} dB | {row['psnr']:.1f} dB "
+            f"| {row['psnr_worst']:.1f} dB |"
+        )
+    return "\n".join(lines)
+
+
 def replace(text: str, name: str, table: str) -> str:
     """`text` with the part between the markers of `name` replaced. Raises ValueError where they are missing."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -106,6 +122,9 @@ def main() -> None:
     other = HERE / "results" / "other_runs_mmdit.json"
     if other.exists():
         text = replace(text, "runs", runs(json.loads(other.read_text())))
+    target = HERE / "results" / "promise.json"
+    if target.exists():
+        text = replace(text, "promise", promise(json.loads(target.read_text())))
     README.write_text(text)
 
 
