@@ -101,6 +101,8 @@ def compile(
     # every value that may be cached, with what it costs and saves
     sites = find_sites(captured, run.first)
 
+    captured_after = time.perf_counter() - start
+
     # which of them to compute or forecast at which step: given, a published policy, or searched within a budget
     if plan is None and policy is not None:
         plan = plan_for(policy, policy_kwargs, sites, run, target)
@@ -118,7 +120,7 @@ def compile(
     observer = Observer()
     net = CompiledDenoiser(target.module, plan, run, lambda c, p: build(c, p, observer), backend, guard)
     net.families.append(build(captured, plan, observer, sites))
-    net.__dict__["capture_seconds"] = time.perf_counter() - start
+    net.__dict__["capture_seconds"] = captured_after
     net.warm(run.first, say)
     return target.install(net)
 
