@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from torch.fx import Graph, GraphModule
-
 from dcc.capture import Captured
 from dcc.errors import PlanError
 from dcc.lower import Variant
 from dcc.observe import Observer
 from dcc.passes.base import Row
 from dcc.passes.dataflow import Dataflow
-from dcc.passes.graph import output_node
+from dcc.passes.graph import copy_of, output_node
 from dcc.plan import Plan, with_costs
 from dcc.runtime import Family
 from dcc.sites import Sites, find_sites
@@ -55,11 +53,9 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
 
 def variant(captured: Captured, row: Row, name: str, observer: Observer) -> Variant:
     """One variant: `(inputs, anchors, coefficients) -> (outputs, writes)`, a pure function of tensors."""
-    graph = Graph()
-    graph.output(graph.graph_copy(captured.graph_module.graph, {}))
-    graph_module = GraphModule(captured.graph_module, graph)
+    graph_module = copy_of(captured.graph_module)
     own = len(output_node(graph_module).args[0])
     observer.run_all(graph_module, row, name)
     names = [node.name for node in output_node(graph_module).args[0]]
-    inputs = tuple(node.name for node in graph.nodes if node.op == "placeholder")
+    inputs = tuple(node.name for node in graph_module.graph.nodes if node.op == "placeholder")
     return Variant(name, graph_module, inputs, own, tuple(names[own:]))

@@ -6,13 +6,12 @@ as ever. What is kept per prompt is one Gram matrix a site and stream, so memory
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,18 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dcc.capture import Captured, capture
-from dcc.compiler import record
+from dcc.capture import Captured
+from dcc.compiler import examine
 from dcc.errors import ProfileError
 from dcc.fingerprint import fingerprint, weights_hash
 from dcc.instrument import Instrumented, Run
 from dcc.passes.base import Port, Site
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.timings import timings
-from dcc.pipeline import Samples, Target, call_parameters, check_prompts, is_pipeline, make_target
+from dcc.pipeline import Samples, Target, call_parameters, check_prompts, installed, is_pipeline, make_target
 from dcc.profile import Profile, SiteCost, dtype_of, read_file, write_file
 from dcc.record import Recording
-from dcc.sites import Sites, find_sites
+from dcc.sites import Sites
 
 MARK, VERSION = "dcc_calibration", 1  # of checkpoints
 SUMS = ("gram", "moved", "size")
@@ -71,13 +70,7 @@ def calibrate(
     target = make_target(model, sample, pipeline_kwargs)
     prompts = check_prompts(prompts, text=not isinstance(model, nn.Module))
 
-    say("recording one run")
-    run, wide = record(target, prompts)
-    say("capturing the denoiser")
-    captured = capture(target.module, wide)
-    captured.varying = run.varying
-    sites = find_sites(captured, run.first)
-
+    run, captured, sites = examine(target, prompts, say)
     net = Instrumented(target.module, run, target.scheduler, captured, sites)
     state = Accumulated(_identity(target, run, net.site_names, prompts, seed, pipeline_kwargs))
     if checkpoint is not None and os.path.exists(checkpoint):
@@ -88,7 +81,7 @@ def calibrate(
         state.costs, state.seconds = measured_costs(captured, run, [sites[name] for name in net.site_names])
 
     probes = probe_steps(len(run.levels), len(prompts))
-    with _installed(target, net):
+    with installed(target, net):
         for index in range(state.done, len(prompts)):
             say(f"prompt {index + 1} of {len(prompts)}")
             own = [step for probe, step in enumerate(probes) if probe * len(prompts) // len(probes) == index]
@@ -241,17 +234,6 @@ def measured_costs(captured: Captured, run: Recording, sites: Sequence[Site]) ->
         for site in sites
     ]
     return costs, spent(sorted(whole))
-
-
-@contextlib.contextmanager
-def _installed(target: Target, net: nn.Module) -> Iterator[None]:
-    """`net` in the denoiser's place; the original is back at the end, whatever happens."""
-    original = target.module
-    target.install(net)
-    try:
-        yield
-    finally:
-        target.install(original)
 
 
 def _generate(target: Target, net: Instrumented, run: Run, prompt: Any, seed: int) -> Samples:

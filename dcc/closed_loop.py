@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dcc.fit import Fit, FitOptions, OutputRunner, Sampler, find_sampler
-from dcc.pipeline import Samples, Target
+from dcc.pipeline import Samples, Target, installed
 from dcc.predictors import Predictor
 from dcc.quality import psnr
 from dcc.record import Recording
@@ -210,13 +210,8 @@ def _final(state: Tensor | None, trace: Trace) -> Tensor | None:
 
 def _with(target: Target, net: nn.Module, prompts: list[Any], seeds: list[int]) -> Samples:
     """The final samples with `net` in the denoiser's place; the original is back at the end, whatever happens."""
-    original = target.module
-    target.install(net)
-    try:
-        with torch.no_grad():
-            return target.generate(prompts, seeds)
-    finally:
-        target.install(original)
+    with installed(target, net), torch.no_grad():
+        return target.generate(prompts, seeds)
 
 
 def _gap(values: Sequence[float], best: Sequence[float]) -> float:

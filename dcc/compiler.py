@@ -11,7 +11,7 @@ from torch import nn
 
 from dcc import mapping
 from dcc.build import build, cost
-from dcc.capture import Call, capture
+from dcc.capture import Call, Captured, capture
 from dcc.errors import LoweringError, PlanError, PolicyError
 from dcc.fingerprint import fingerprint
 from dcc.lower import BACKENDS
@@ -65,7 +65,7 @@ def compile(
             budget, policy or plan is given.
         latency: search the best plan of at most this many milliseconds a run, measured on this machine.
         cache_bytes: limit of the anchors' bytes of one stream; combines with the others.
-        effort: "fast", "normal" or "thorough": about 24, 90 or 300 cached runs of the calibration prompts.
+        effort: "fast", "normal" or "thorough": about 40, 120 or 400 cached runs of the calibration prompts.
         guard: for a searched plan, compute more steps than planned for prompts that turn out harder than the
             calibration prompts (guard.py); one host synchronisation an anchor.
         policy: a name of `dcc.policies.POLICIES`, instead of a budget.
@@ -89,18 +89,8 @@ def compile(
     prompts = check_prompts(calib_prompts, text=not isinstance(model, nn.Module))
     budget = None if policy or plan else budget_of(**budgets, effort=effort, prompts=prompts)
 
-    # one real run: noise levels, streams, which inputs move; and the inputs of a batch of two
-    say("recording one run")
-    run, wide = record(target, prompts)
-
-    # the denoiser once, as one functional ATen graph whose weights are inputs
-    say("capturing the denoiser")
-    captured = capture(target.module, wide)
-    captured.varying = run.varying
-
-    # every value that may be cached, with what it costs and saves
-    sites = find_sites(captured, run.first)
-
+    # one real run, the denoiser as one graph, and every value in it that may be cached
+    run, captured, sites = examine(target, prompts, say)
     captured_after = time.perf_counter() - start
 
     # which of them to compute or forecast at which step: given, a published policy, or searched within a budget
@@ -123,6 +113,21 @@ def compile(
     net.__dict__["capture_seconds"] = captured_after
     net.warm(run.first, say)
     return target.install(net)
+
+
+def examine(target: Target, prompts: Sequence[Any], say: Callable[[str], None]) -> tuple[Recording, Captured, Sites]:
+    """What every plan and calibration begins with: a recorded run, the captured denoiser, its sites."""
+    # noise levels, streams, which inputs move; and the inputs of a batch of two
+    say("recording one run")
+    run, wide = record(target, prompts)
+
+    # one functional ATen graph whose weights are inputs
+    say("capturing the denoiser")
+    captured = capture(target.module, wide)
+    captured.varying = run.varying
+
+    # with what each value costs and saves
+    return run, captured, find_sites(captured, run.first)
 
 
 def record(target: Target, prompts: Sequence[Any]) -> tuple[Recording, Call]:
@@ -234,11 +239,8 @@ def plan(
     target = make_target(model, sample, call_kwargs)
     checked = check_prompts(prompts, text=not isinstance(model, nn.Module))
     budget = budget_of(speedup, quality, latency, cache_bytes, effort, checked)
-    run, wide = record(target, checked)
-    captured = capture(target.module, wide)
-    captured.varying = run.varying
-    subject = Subject(target, run, captured, find_sites(captured, run.first), backend)
     say = progress or (lambda line: None)
+    subject = Subject(target, *examine(target, checked, say), backend)
     return plan_within(subject, budget, checked, seed=seed, data_range=data_range, progress=say, profile=profile)
 
 

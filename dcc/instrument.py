@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
 
 from dcc.capture import Call, Captured
 from dcc.errors import ProfileError
@@ -16,7 +15,7 @@ from dcc.lower import Variant
 from dcc.observe import Observer
 from dcc.passes.base import Row, Site
 from dcc.passes.drop_asserts import DropAsserts
-from dcc.passes.graph import is_tensor, nodes_by_name, output_node
+from dcc.passes.graph import copy_of, is_tensor, nodes_by_name, output_node
 from dcc.passes.insert_sketches import InsertSketches, groups
 from dcc.plan import make_plan
 from dcc.predictors import Predictor
@@ -112,7 +111,7 @@ class Instrumented(CompiledDenoiser):
         if lacking:
             raise ProfileError(f"a call of another signature has no site {lacking[0]!r}; calibrate its module alone")
         chosen = tuple(found[name] for name in self.site_names)
-        graph_module = _copy(captured)
+        graph_module = copy_of(captured.graph_module)
         own = len(output_node(graph_module).args[0])
         passes = (DropAsserts(), InsertSketches(self._sample(captured)))
         Observer().run_all(graph_module, Row(computed=chosen), "sketches", passes)
@@ -201,9 +200,3 @@ def floating(sites: Sites) -> list[Site]:
         for site in sites
         if all(is_tensor(nodes[p.out]) and nodes[p.out].meta["val"].is_floating_point() for p in site.ports)
     ]
-
-
-def _copy(captured: Captured) -> GraphModule:
-    graph = Graph()
-    graph.output(graph.graph_copy(captured.graph_module.graph, {}))
-    return GraphModule(captured.graph_module, graph)

@@ -247,18 +247,25 @@ def check_prompts(prompts: Any, text: bool) -> list[Any]:
 
 
 @contextlib.contextmanager
+def installed(target: Target, net: nn.Module) -> Iterator[None]:
+    """`net` in the denoiser's place; the original is back at the end, whatever happens."""
+    original = target.module
+    target.install(net)
+    try:
+        yield
+    finally:
+        target.install(original)
+
+
+@contextlib.contextmanager
 def recording(target: Target, only_first: bool = False) -> Iterator[Recorder]:
     """A Recorder in the denoiser's place; the original is back at the end, whatever happens."""
     recorder = Recorder(target.module, only_first)
-    original = target.module
-    target.install(recorder)
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with installed(target, recorder), torch.no_grad(), torch.random.fork_rng():
             yield recorder
     except StopAfterFirstCall:
         pass
-    finally:
-        target.install(original)
 
 
 def denoiser_of(model: Any) -> Any:

@@ -18,7 +18,7 @@ from dcc.errors import BudgetError, ProfileError
 from dcc.fingerprint import fingerprint
 from dcc.observe import Observer
 from dcc.passes.dataflow import Dataflow
-from dcc.pipeline import Target
+from dcc.pipeline import Target, installed
 from dcc.plan import Plan, make_plan
 from dcc.predictors import Predictor
 from dcc.profile import Profile
@@ -74,13 +74,15 @@ class Subject:
             loop.generate(net, batch)
         return errors
 
-    def net(self, candidate: Candidate, coefficients: dict[int, list[float]]) -> CompiledDenoiser:
-        """A denoiser that runs the candidate eagerly; graphs are shared by candidates of one site and anchor count."""
+    def net(
+        self, candidate: Candidate, coefficients: dict[int, list[float]], backend: str = "eager"
+    ) -> CompiledDenoiser:
+        """A denoiser that runs the candidate; candidates of the same site, rows and anchor count share their graphs."""
         plan = self.plan(candidate, coefficients)
-        key = (plan.sites, plan.anchors)
+        key = (plan.sites, tuple(plan.rows), plan.anchors)
         if key not in self.families:
             self.families[key] = build(self.captured, plan, Observer(), self.sites)
-        net = CompiledDenoiser(self.target.module, plan, self.run, lambda c, p: build(c, p, Observer()), "eager")
+        net = CompiledDenoiser(self.target.module, plan, self.run, lambda c, p: build(c, p, Observer()), backend)
         net.families.append(self.families[key])
         return net
 
@@ -222,24 +224,15 @@ class _Clock(DenoiserProxy):
 def _speedup_for(subject: Subject, budget: Budget, prompt: Any, seed: int, progress: Callable[[str], None]) -> float:
     """The ratio of denoiser FLOPs at which a run takes `latency`, from timed uncached runs on the plan's backend."""
     whole = Candidate("output", Predictor("copy"), (1,) * len(subject.run.levels))
-    plan = subject.plan(whole, {})
-    net = CompiledDenoiser(
-        subject.target.module, plan, subject.run, lambda c, p: build(c, p, Observer()), subject.backend
-    )
-    net.families.append(build(subject.captured, plan, Observer(), subject.sites))
-    clock = _Clock(net)
-    original = subject.target.module
-    subject.target.install(clock)
+    clock = _Clock(subject.net(whole, {}, subject.backend))
     times = []
-    try:
+    with installed(subject.target, clock):
         for index in range(TIMED_RUNS + 1):
             progress(f"timing uncached runs: {index} of {TIMED_RUNS}")
             clock.__dict__["seconds"] = 0.0
             start = time.perf_counter()
             subject.target.generate([prompt], [seed])
             times.append((time.perf_counter() - start, clock.seconds))
-    finally:
-        subject.target.install(original)
     total, denoiser = (statistics.median(column) for column in zip(*times[1:], strict=True))
     wanted = budget.latency / 1e3
     rest = total - denoiser

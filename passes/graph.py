@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from dcc.errors import PassError
@@ -66,6 +66,13 @@ def insert_call(graph_module: GraphModule, target: Callable[..., Any], *args: An
     fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
     node.meta["val"] = target(*fake_args, **fake_kwargs)
     return node
+
+
+def copy_of(graph_module: GraphModule) -> GraphModule:
+    """A graph module of the same modules with a copy of the graph, free to be edited."""
+    graph = Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    return GraphModule(graph_module, graph)
 
 
 def add_placeholder(graph_module: GraphModule, name: str, val: torch.Tensor) -> Node:
