@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from dcc.errors import LoweringError
+from dcc.passes.graph import copy_of
 
 BACKENDS = ("inductor", "eager")
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -76,15 +77,14 @@ def _inductor(graph_module: GraphModule, values: Sequence[Tensor]) -> Callable[.
     """Straight to Inductor, without Dynamo: the graph is captured already, so there is nothing to guard or to break."""
     import torch._inductor  # two seconds that a user of the eager backend need not wait
 
-    graph = Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    for node in graph.nodes:
+    lowered = copy_of(graph_module)
+    for node in lowered.graph.nodes:
         node.meta.pop("val", None)  # symbolic shapes of the capture; Inductor sees the shapes of `values`
     mode = FakeTensorMode()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations; under -W error they would stop the lowering
         fakes = [mode.from_tensor(value.detach()) for value in values]
-        return torch._inductor.compile(GraphModule(graph_module, graph), fakes)
+        return torch._inductor.compile(lowered, fakes)
 
 
 def _compare(call: Callable[..., Sequence[Tensor]], values: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
