@@ -109,16 +109,16 @@ def test_samples_that_are_images_have_ssim_and_pictures(module: nn.Module):
 def test_a_pipeline_is_measured_before_and_after_the_clamp_and_left_as_it_was(pipe: Any):
     original, prompts = pipe.transformer, dcc.demo.prompts("test")[:3]
     brightness = pipe.vae.decoder.conv_out.bias.data
-    brightness += 0.5  # so that some pixels are beyond the clamp
+    brightness += 0.2  # so that some pixels are beyond the clamp
     try:
         report = dcc.evaluate(pipe, [("interval", {"interval": 2}), "taylorseer"], prompts, backend="eager", **call())
     finally:
-        brightness -= 0.5
+        brightness -= 0.2
     assert pipe.transformer is original
     assert [row.name for row in report.rows] == ["interval interval=2", "taylorseer"]
     row = report.rows[0]
     assert row.error is None and len(row.psnr) == len(row.ssim) == len(row.psnr_raw) == len(row.ssim_raw) == 3
-    assert row.psnr != row.psnr_raw and row.psnr == pytest.approx(row.psnr_raw, abs=3)
+    assert row.psnr != row.psnr_raw and row.psnr == pytest.approx(row.psnr_raw, abs=1)
     assert report.reference.plan.steps == 4 and "4 steps" in report.facts["scheduler"]
 
 
