@@ -12,7 +12,7 @@ from typing import Any
 from subjects import Changes, Contestant, Knob, Subject, budgets, count_knob, evenly, interval_knob
 
 import dcc
-from dcc.compiler import cost, plan_for
+from dcc.compiler import cost
 from dcc.plan import Plan, make_plan
 from dcc.predictors import Predictor
 
@@ -88,7 +88,8 @@ def dcc_policy(
     """A policy by its parameters. `full_steps` spreads that many evenly; `newton` is an order of true polynomials."""
     if full_steps:
         options["steps_mask"] = evenly(subject.steps, full_steps)
-    plan = plan_for(policy, {"site": site, **options}, subject.sites, subject.compiled.recording, subject.target(pipe))
+    parameters = {"site": site, **options}
+    plan = subject.plan(pipe, policy, parameters)
     if newton:
         plan = make_plan(
             model=plan.model,

@@ -12,8 +12,11 @@ from typing import Any
 
 import dcc
 from dcc.pipeline import PipelineTarget
+from dcc.policies import make_policy
+from dcc.setting import plan_for, setting_of
 
 BUDGETS = (2.0, 3.0, 4.0, 5.0, 7.0)
+CALIBRATION = 8  # prompts on which policies measure what they need
 SLACK = 0.98  # a row counts at a budget from this share of it on, so that 17 of 50 steps count as 3x
 Changes = dict[str, Any]  # arguments of the pipeline's call that a contestant changes
 
@@ -59,6 +62,19 @@ class Subject:
     def sites(self) -> Any:
         """The sites of the denoiser."""
         return dcc.sites(self.compiled)
+
+
+    @cached_property
+    def setting(self) -> Any:
+        """What policies may look at, measured once, on calibration prompts."""
+        net, prompts = self.compiled, dcc.demo.prompts("calib")[:CALIBRATION]
+        captured = net.families[0].captured
+        return setting_of(self.target(), net.recording, captured, self.sites, prompts, progress=lambda line: None)
+
+    def plan(self, policy: str, parameters: dict[str, Any]) -> Any:
+        """The plan of a policy for this pipeline at its usual number of steps."""
+        decided = make_policy(policy, self.setting, parameters)
+        return plan_for(decided, self.setting, self.compiled.recording, self.target(), policy, parameters)
 
 
 Install = Callable[..., AbstractContextManager[Changes | None]]

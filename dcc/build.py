@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dcc.capture import Captured
 from dcc.errors import PlanError
 from dcc.lower import Variant
 from dcc.observe import Observer
-from dcc.passes.base import Row
+from dcc.passes.base import Row, Site
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import copy_of, output_node
 from dcc.plan import Plan, with_costs
@@ -20,31 +22,32 @@ def cost(plan: Plan, sites: Sites) -> Plan:
     for row in plan.rows:
         owner: dict[str, str] = {}
         for k, name in enumerate(plan.sites):
-            for out in () if row[k] else [port.out for site in selected[k] for port in site.ports]:
+            for out in () if row[k] == 1 else [port.out for site in selected[k] for port in site.ports]:
                 if owner.setdefault(out, name) != name:
                     raise PlanError(
                         f"a step forecasts both {owner[out]!r} and {name!r}, which are one value; choose one"
                     )
     flow = Dataflow(sites.captured.graph_module)
-    flops = {
-        row: flow.flops(
-            sites.costs, [p for k, full in enumerate(row) if not full for s in selected[k] for p in s.ports]
-        )
-        for row in plan.rows
-    }
+    flops = {row: row_flops(flow, sites, selected, row) for row in plan.rows}
     return with_costs(plan, flops, sum(site.bytes for group in selected for site in group))
+
+
+def row_flops(flow: Dataflow, sites: Sites, selected: Sequence[Sequence[Site]], row: Sequence[int]) -> int:
+    """FLOPs of one call that forecasts the sites that the row does not compute."""
+    forecast = [p for k, decision in enumerate(row) if decision != 1 for s in selected[k] for p in s.ports]
+    return flow.flops(sites.costs, forecast)
 
 
 def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | None = None) -> Family:
     """The variants of a plan for one captured graph: a copy of the graph per distinct row, rewritten by the passes."""
     sites = sites or find_sites(captured, captured.call)
     selected = tuple(sites.select(name) for name in plan.sites)
-    cached = [any(not row[k] for row in plan.schedule) for k in range(len(plan.sites))]
+    cached = [any(row[k] != 1 for row in plan.schedule) for k in range(len(plan.sites))]
     variants = {}
     for index, decisions in enumerate(plan.rows):
         row = Row(
-            computed=tuple(s for k, full in enumerate(decisions) if full and cached[k] for s in selected[k]),
-            forecast=tuple(selected[k] for k, full in enumerate(decisions) if not full),
+            computed=tuple(s for k, d in enumerate(decisions) if d == 1 and cached[k] for s in selected[k]),
+            forecast=tuple(selected[k] for k, d in enumerate(decisions) if d != 1),
             anchors=plan.anchors,
         )
         variants[decisions] = variant(captured, row, f"row{index}", observer)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from dcc.capture import Captured
-from dcc.compiler import examine
 from dcc.errors import ProfileError
+from dcc.examine import examine
 from dcc.fingerprint import fingerprint, weights_hash
 from dcc.instrument import Instrumented, Run
 from dcc.passes.base import Port, Site
@@ -70,9 +70,26 @@ def calibrate(
     target = make_target(model, sample, pipeline_kwargs)
     prompts = check_prompts(prompts, text=not isinstance(model, nn.Module))
 
-    run, captured, sites = examine(target, prompts, say)
+    subject = examine(target, prompts, say)
+    return measure(target, *subject, prompts, checkpoint=checkpoint, seed=seed, progress=say, settings=pipeline_kwargs)
+
+
+def measure(
+    target: Target,
+    run: Recording,
+    captured: Captured,
+    sites: Sites,
+    prompts: Sequence[Any],
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None],
+    settings: dict[str, Any],
+) -> Profile:
+    """`calibrate` for a denoiser that was recorded and captured already."""
+    say = progress
     net = Instrumented(target.module, run, target.scheduler, captured, sites)
-    state = Accumulated(_identity(target, run, net.site_names, prompts, seed, pipeline_kwargs))
+    state = Accumulated(_identity(target, run, net.site_names, prompts, seed, settings))
     if checkpoint is not None and os.path.exists(checkpoint):
         state.load(checkpoint)
         say(f"resuming behind prompt {state.done} of {len(prompts)}")

@@ -25,7 +25,7 @@ import dcc
 from dcc.errors import DccError, DemoError, LoweringError, PipelineError, PolicyError, PromptError
 from dcc.lower import BACKENDS
 from dcc.pipeline import load_pipeline
-from dcc.policies import DEFAULT_POLICY, make_policy
+from dcc.policies import DEFAULT_POLICY, Setting, make_policy
 from dcc.text import count, decibels
 
 # About three times fewer denoiser FLOPs on both demo pipelines.
@@ -88,7 +88,8 @@ def demo(
     settings = dcc.demo.settings(pipeline)
     given = {"interval": INTERVALS.get(policy) if interval is None else interval, "order": order, "site": site}
     parameters = {name: value for name, value in given.items() if value is not None}
-    make_policy(policy, settings["num_inference_steps"], parameters)  # refuses bad names and values before any work
+    setting = Setting(range(settings["num_inference_steps"]))
+    make_policy(policy, setting, parameters)  # refuses bad names and values before any work
     if backend not in BACKENDS:
         raise LoweringError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
     out = _writable(out or Path(f"dcc-demo-{pipeline}.png"))

@@ -11,8 +11,9 @@ from torch import nn
 
 from dcc import mapping
 from dcc.build import build, cost
-from dcc.capture import Call, Captured, capture
+from dcc.capture import capture
 from dcc.errors import LoweringError, PlanError, PolicyError
+from dcc.examine import examine
 from dcc.fingerprint import fingerprint
 from dcc.lower import BACKENDS
 from dcc.observe import Observer
@@ -25,12 +26,13 @@ from dcc.pipeline import (
     recording,
     restore_target,
 )
-from dcc.plan import Plan, make_plan
+from dcc.plan import Plan
 from dcc.planning import DEFAULT_EFFORT, Subject, budget_of, plan_within
-from dcc.policies import DEFAULT_SITE, POLICIES, make_policy, parameter_names
+from dcc.policies import POLICIES, make_policy, parameter_names
 from dcc.profile import Profile
 from dcc.record import Recording
-from dcc.runtime import CompiledDenoiser
+from dcc.runtime import CompiledDenoiser, denoiser_for
+from dcc.setting import plan_for, setting_of
 from dcc.sites import Sites, find_sites
 
 
@@ -46,6 +48,7 @@ def compile(
     guard: bool = False,
     policy: str | None = None,
     plan: Plan | None = None,
+    profile: Profile | None = None,
     sample: Callable[[nn.Module, Any], Any] | None = None,
     data_range: float | None = None,
     seed: int = 0,
@@ -70,6 +73,8 @@ def compile(
             calibration prompts (guard.py); one host synchronisation an anchor.
         policy: a name of `dcc.policies.POLICIES`, instead of a budget.
         plan: a Plan, instead of a policy or a budget.
+        profile: of `dcc.calibrate`, for policies that are calibrated (else they calibrate on `calib_prompts`) and as
+            one more source of candidates for a budget.
         sample: for a bare module: sample(net, prompt) runs one full sampling loop with `net`; it returns the final
             sample (tensor, array or image) where a budget is given.
         data_range: of the final samples, for PSNR; 1 for a pipeline's pixels, else the range of the uncached samples.
@@ -95,10 +100,11 @@ def compile(
 
     # which of them to compute or forecast at which step: given, a published policy, or searched within a budget
     if plan is None and policy is not None:
-        plan = plan_for(policy, policy_kwargs, sites, run, target)
+        setting = setting_of(target, run, captured, sites, prompts, seed=seed, progress=say, profile=profile)
+        plan = plan_for(make_policy(policy, setting, policy_kwargs), setting, run, target, policy, policy_kwargs)
     if budget is not None:
         subject = Subject(target, run, captured, sites, backend)
-        plan = plan_within(subject, budget, prompts, seed=seed, data_range=data_range, progress=say)
+        plan = plan_within(subject, budget, prompts, seed=seed, data_range=data_range, progress=say, profile=profile)
     check_plan(plan, run, target)
     plan = cost(plan, sites)
     if guard and not plan.limits:
@@ -108,62 +114,11 @@ def compile(
 
     # one variant per distinct row of the schedule, lowered and compared with eager on the recorded inputs
     observer = Observer()
-    net = CompiledDenoiser(target.module, plan, run, lambda c, p: build(c, p, observer), backend, guard)
+    net = denoiser_for(target.module, plan, run, lambda c, p: build(c, p, observer), backend, guard)
     net.families.append(build(captured, plan, observer, sites))
     net.__dict__["capture_seconds"] = captured_after
     net.warm(run.first, say)
     return target.install(net)
-
-
-def examine(target: Target, prompts: Sequence[Any], say: Callable[[str], None]) -> tuple[Recording, Captured, Sites]:
-    """What every plan and calibration begins with: a recorded run, the captured denoiser, its sites."""
-    # noise levels, streams, which inputs move; and the inputs of a batch of two
-    say("recording one run")
-    run, wide = record(target, prompts)
-
-    # one functional ATen graph whose weights are inputs
-    say("capturing the denoiser")
-    captured = capture(target.module, wide)
-    captured.varying = run.varying
-
-    # with what each value costs and saves
-    return run, captured, find_sites(captured, run.first)
-
-
-def record(target: Target, prompts: Sequence[Any]) -> tuple[Recording, Call]:
-    """One whole run of the first prompt, and the first call of a batch of two, which keeps the batch symbolic.
-
-    Where the loop takes no batch, the two are the same, and another batch size will be captured when it comes.
-    """
-    with recording(target) as recorder:
-        target.sample(prompts[:1])
-    run = recorder.result()
-    if all(t.dim() == 0 or t.shape[0] > 1 for t in run.first.tensors):
-        return run, run.first
-    try:
-        with recording(target, only_first=True) as recorder:
-            target.sample([prompts[0], prompts[-1]])
-    except (TypeError, ValueError, RuntimeError):  # a loop for one image at a time, or arguments that are per image
-        return run, run.first
-    wide = recorder.first
-    return run, wide if wide is not None and wide.signature == run.first.signature else run.first
-
-
-def plan_for(name: str, kwargs: dict[str, Any], sites: Sites, run: Recording, target: Target) -> Plan:
-    """The plan of a named policy for the recorded run."""
-    decided = make_policy(name, len(run.levels), kwargs)
-    site = sites.default if decided.site == DEFAULT_SITE else decided.site
-    sites.select(site)
-    return make_plan(
-        model=fingerprint(target.module),
-        scheduler=target.scheduler,
-        levels=run.levels,
-        sites=[site],
-        schedule=[[computed] for computed in decided.mask],
-        predictors=[decided.predictor],
-        policy=name,
-        parameters=kwargs,
-    )
 
 
 def check_plan(plan: Plan, run: Recording, target: Target) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcc.compiler import check_plan, compile, cost, plan_for
+from dcc.compiler import check_plan, compile, cost
 from dcc.errors import LoweringError, PipelineError, PolicyError
 from dcc.lower import BACKENDS
 from dcc.pipeline import (
@@ -28,16 +28,18 @@ from dcc.pipeline import (
     restore_target,
 )
 from dcc.plan import Plan
-from dcc.policies import parameter_names
+from dcc.policies import Setting, make_policy, parameter_names
 from dcc.proxy import DenoiserProxy
 from dcc.quality import are_images, frames, psnr, spread, ssim
 from dcc.report import Report, Row
 from dcc.runtime import CompiledDenoiser
-from dcc.sites import Sites, find_sites
+from dcc.setting import plan_for, setting_of
+from dcc.sites import find_sites
 from dcc.text import count
 
 LONGEST_NAME = 48  # characters of a made-up name
 UNCACHED = "uncached"
+SHARED = ("sites", "anchors", "rows", "forms", "trigger")  # plans equal in these share their variants
 
 Wanted = Plan | tuple[str, dict[str, Any]]
 
@@ -86,13 +88,13 @@ def evaluate(
     with _uncompiled(model) as original, torch.no_grad():
         base = _uncached(original, prompts, sample, backend, say, pipeline_kwargs)
         target = make_target(original, sample, pipeline_kwargs)
-        reference, sites = (
-            Arm(Row(UNCACHED, base.plan), base),
-            find_sites(base.families[0].captured, base.recording.first),
-        )
+        reference = Arm(Row(UNCACHED, base.plan), base)
+        captured, run = base.families[0].captured, base.recording
+        sites = find_sites(captured, run.first)
+        setting = setting_of(target, run, captured, sites, prompts, seed=seed, progress=say)
         arms: list[Arm] = []
         for name, value in wanted.items():
-            arms.append(_prepare(name, value, base, [arm.net for arm in arms if arm.net], sites, target, say))
+            arms.append(_prepare(name, value, base, [arm.net for arm in arms if arm.net], setting, target, say))
         scoring = _Scoring(data_range, is_pipeline(model), shown)
         _take_turns(target, reference, arms, prompts, seed, batch_size or 1, scoring, say)
     for arm in (reference, *arms):
@@ -223,7 +225,7 @@ def _prepare(
     wanted: Wanted,
     base: CompiledDenoiser,
     others: Sequence[CompiledDenoiser],
-    sites: Sites,
+    setting: Setting,
     target: Target,
     say: Callable[[str], None],
 ) -> Arm:
@@ -234,16 +236,23 @@ def _prepare(
     arm = Arm(Row(name, wanted if isinstance(wanted, Plan) else None))
     with arm.attempt("planning"):
         say(f"{name}: planning")
-        plan = wanted if isinstance(wanted, Plan) else plan_for(*wanted, sites, base.recording, target)
+        plan = wanted if isinstance(wanted, Plan) else _planned(*wanted, setting, base, target)
         check_plan(plan, base.recording, target)
-        arm.row.plan = plan = cost(plan, sites)
+        arm.row.plan = plan = cost(plan, setting.sites)
         net = base.with_plan(plan)
         for other in others:
-            if all(getattr(plan, part) == getattr(other.plan, part) for part in ("sites", "anchors", "rows")):
+            if all(getattr(plan, part) == getattr(other.plan, part) for part in SHARED):
                 net.__dict__.update(families=other.families, programs=other.programs)
         net.warm(base.recording.first, lambda line: say(f"{name}: {line}"))
         arm.net = net
     return arm
+
+
+def _planned(
+    policy: str, parameters: dict[str, Any], setting: Setting, base: CompiledDenoiser, target: Target
+) -> Plan:
+    decided = make_policy(policy, setting, parameters)
+    return plan_for(decided, setting, base.recording, target, policy, parameters)
 
 
 def _take_turns(

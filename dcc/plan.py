@@ -6,13 +6,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dcc.errors import PlanError
+from dcc.errors import PlanError, PolicyError
 from dcc.predictors import Predictor
+from dcc.triggers import Trigger, trigger_of
 
 VERSION = 1
 
@@ -24,6 +25,9 @@ class Plan:
     `schedule[step][k]` is 1 where the sites of selector `sites[k]` are computed at that step and 0 where they are
     forecast; `coefficients[step][k]` then weighs their anchors, newest first (empty at computed steps). `levels` are
     the timestep values the denoiser is called with, in order. FLOPs are those of one whole run of one stream.
+    Where a `trigger` decides at run time, a 1 is a step that computes whatever it says, coefficients are empty, and
+    `predictors` (one a site) make them when the anchors are known. `forms[k]` says how site k is forecast other than by
+    one combination of whole anchors; it is empty where all are plain.
     `measured` is what the solver saw on prompts it had not fitted to, and `limits` the forecast error at each anchor
     above which a prompt is harder than those it was made for (guard.py); both are empty for a policy.
     """
@@ -41,6 +45,9 @@ class Plan:
     cache_bytes: int = 0
     measured: dict[str, Any] = field(default_factory=dict)
     limits: tuple[float, ...] = ()
+    predictors: tuple[dict[str, Any], ...] = ()
+    trigger: dict[str, Any] = field(default_factory=dict)
+    forms: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         _check(self)
@@ -53,12 +60,13 @@ class Plan:
     @property
     def anchors(self) -> int:
         """J: the largest number of anchors that any forecast reads, at least 1."""
-        return max((len(c) for row in self.coefficients for c in row), default=1) or 1
+        needed = [Predictor.of(data).anchors for data in self.predictors]
+        return max([*needed, *(len(c) for row in self.coefficients for c in row)], default=1) or 1
 
     @property
     def steps_mask(self) -> list[int]:
         """1 for a step that computes every site, 0 for one that forecasts some."""
-        return [int(all(row)) for row in self.schedule]
+        return [int(is_full(row)) for row in self.schedule]
 
     @property
     def rows(self) -> list[tuple[int, ...]]:
@@ -74,7 +82,7 @@ class Plan:
 
     def anchor_steps(self, step: int, selector: int) -> list[int]:
         """Steps before `step` at which the selector's sites were computed, newest first, as many as are kept."""
-        return [s for s in range(step - 1, -1, -1) if self.schedule[s][selector]][: self.anchors]
+        return [s for s in range(step - 1, -1, -1) if self.schedule[s][selector] == 1][: self.anchors]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, atomically: `path` holds the old file or the whole new one."""
@@ -121,6 +129,11 @@ class Plan:
         return "\n".join(lines)
 
 
+def is_full(row: Sequence[int]) -> bool:
+    """Whether a row of a schedule computes every site."""
+    return all(decision == 1 for decision in row)
+
+
 def make_plan(
     *,
     model: str,
@@ -131,8 +144,12 @@ def make_plan(
     predictors: Sequence[Predictor],
     policy: str,
     parameters: dict[str, Any],
+    trigger: Trigger | None = None,
+    forms: Sequence[dict[str, Any]] = (),
 ) -> Plan:
     """A plan whose coefficients follow from the schedule and one predictor per selector; costs are filled in later.
+
+    With a trigger they follow at run time.
 
     Raises PlanError where a site is forecast before it was ever computed.
     """
@@ -140,20 +157,32 @@ def make_plan(
     for step, row in enumerate(schedule):
         values: list[tuple[float, ...]] = []
         for k, computed in enumerate(row):
-            anchors = [s for s in range(step - 1, -1, -1) if schedule[s][k]]
-            if not computed and not anchors:
+            anchors = [s for s in range(step - 1, -1, -1) if schedule[s][k] == 1]
+            if computed != 1 and not anchors:
                 raise PlanError(f"step {step} forecasts {sites[k]!r} before any step computed it; compute step 0")
-            values.append(() if computed else tuple(predictors[k].coefficients(step, anchors)))
+            free = computed == 1 or trigger is not None
+            values.append(() if free else tuple(predictors[k].coefficients(step, anchors)))
         coefficients.append(tuple(values))
     plain = json.loads(json.dumps(parameters))  # as a file would give them back
-    rows = tuple(tuple(int(bool(v)) for v in row) for row in schedule)
-    return Plan(model, scheduler, tuple(levels), tuple(sites), rows, tuple(coefficients), policy, plain)
+    return Plan(
+        model,
+        scheduler,
+        tuple(levels),
+        tuple(sites),
+        tuple(tuple(int(v) for v in row) for row in schedule),
+        tuple(coefficients),
+        policy,
+        plain,
+        predictors=tuple(p.as_json() for p in predictors) if trigger is not None else (),
+        trigger=trigger.as_json() if trigger is not None else {},
+        forms=tuple(dict(form) for form in forms) if any(forms) else (),
+    )
 
 
 def with_costs(plan: Plan, flops_of_row: dict[tuple[int, ...], int], anchor_bytes: int) -> Plan:
     """The plan with its expected cost: FLOPs of a call by row, and the bytes of one anchor of all sites."""
     full = flops_of_row[(1,) * len(plan.sites)]
-    forecasts = any(not all(row) for row in plan.schedule)
+    forecasts = not all(is_full(row) for row in plan.schedule)
     return replace(
         plan,
         flops=sum(flops_of_row[row] for row in plan.schedule),
@@ -186,7 +215,7 @@ def _check(plan: Plan) -> None:
         require(isinstance(getattr(plan, name), str), name, "must be a string")
     for name in ("levels", "sites", "schedule", "coefficients"):
         require(isinstance(getattr(plan, name), tuple), name, "must be a list")
-    for name in ("parameters", "measured"):
+    for name in ("parameters", "measured", "trigger"):
         require(isinstance(getattr(plan, name), dict), name, "must be an object")
     require(
         bool(plan.levels) and all(_finite(v) for v in plan.levels), "levels", "must be finite numbers, at least one"
@@ -205,6 +234,11 @@ def _check(plan: Plan) -> None:
     for name in ("flops", "flops_uncached", "cache_bytes"):
         value = getattr(plan, name)
         require(isinstance(value, int) and value >= 0, name, "must be a non-negative whole number")
+    _check_table(plan, require)
+
+
+def _check_table(plan: Plan, require: Callable[[bool, str, str], None]) -> None:
+    """The parts of a plan whose size depends on its steps and sites."""
     steps, width = len(plan.levels), len(plan.sites)
     for name in ("schedule", "coefficients"):
         table = getattr(plan, name)
@@ -213,6 +247,19 @@ def _check(plan: Plan) -> None:
             name,
             f"must have {steps} rows (one a level) of {width} (one a site)",
         )
+    for name in ("predictors", "forms"):
+        value = getattr(plan, name)
+        require(
+            isinstance(value, tuple) and len(value) in (0, width) and all(isinstance(v, dict) for v in value),
+            name,
+            f"must be empty or hold {width} objects, one a site",
+        )
+    require(bool(plan.predictors) == bool(plan.trigger), "predictors", "must be there with a trigger, and only then")
+    try:
+        _ = plan.trigger and trigger_of(plan.trigger)
+        _ = [Predictor.of(data) for data in plan.predictors]
+    except PolicyError as error:
+        raise PlanError(f"plan field 'trigger' or 'predictors': {error}") from error
     require(all(v in (0, 1) for row in plan.schedule for v in row), "schedule", "must hold 0 and 1 only")
     computed = [0] * width
     for step, row in enumerate(plan.schedule):
@@ -224,7 +271,7 @@ def _check(plan: Plan) -> None:
                 "coefficients",
                 f"{where} must be finite numbers",
             )
-            if full:
+            if full or plan.trigger:
                 require(not values, "coefficients", f"{where} must be empty, because the step computes")
                 computed[k] += 1
             else:

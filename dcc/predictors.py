@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,10 +20,11 @@ MAX_ORDER = 4
 
 @dataclass(frozen=True)
 class Predictor:
-    """A rule and its order; uses at most `anchors` past values, fewer while fewer exist."""
+    """A rule, its order and its further numbers; uses at most `anchors` past values, fewer while fewer exist."""
 
     name: str
     order: int = 0
+    options: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
@@ -47,7 +49,19 @@ class Predictor:
             raise ValueError("a forecast needs at least one anchor")
         if not all(a > b for a, b in zip([step, *used], used, strict=False)):
             raise ValueError(f"anchors {used} must be strictly decreasing steps before {step}")
-        return [float(a) for a in RULES[self.name](step, used)]
+        return [float(a) for a in RULES[self.name](step, used, **dict(self.options))]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `Predictor.of` reads."""
+        return {"name": self.name, "order": self.order, "options": dict(self.options)}
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Predictor:
+        """The predictor that `as_json` wrote. Raises PolicyError for anything else."""
+        try:
+            return cls(data["name"], data["order"], tuple(data["options"].items()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PolicyError(f"a predictor needs name, order and options; got {data!r:.80}") from error
 
     def __str__(self) -> str:
         return self.name if self.name == "copy" else f"{self.name} {self.order}"
@@ -88,4 +102,4 @@ def newton(step: float, anchors: Sequence[float]) -> np.ndarray:
     return weights
 
 
-RULES: dict[str, Callable[[float, Sequence[float]], np.ndarray]] = {"copy": copy, "taylor": taylor, "newton": newton}
+RULES: dict[str, Callable[..., np.ndarray]] = {"copy": copy, "taylor": taylor, "newton": newton}

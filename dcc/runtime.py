@@ -21,7 +21,7 @@ from dcc.guard import anchor_error, extra_step
 from dcc.lower import Program, Variant, lower
 from dcc.passes.base import Site, anchor_name, write_name
 from dcc.passes.graph import COEFFICIENTS
-from dcc.plan import Plan
+from dcc.plan import Plan, is_full
 from dcc.predictors import newton
 from dcc.proxy import DenoiserProxy
 from dcc.record import Recording
@@ -73,7 +73,7 @@ class CompiledDenoiser(DenoiserProxy):
             stream = self._stream(step, key, owners)
             row, weights = self._decide(family, stream, step)
             outputs = self.run(family, call, stream, row, step, weights)
-            if self.guard is not False and all(row) and step == int(step):
+            if self.guard is not False and is_full(row) and step == int(step):
                 self._watch(family, stream, int(step))
             last, stream.step = stream.step, step
             if mapping.ends(self.plan, last, step) if stream.served else step == self.plan.steps - 1:
@@ -127,7 +127,7 @@ class CompiledDenoiser(DenoiserProxy):
             call = call.contiguous()  # only here: the identity of the caller's own tensors tells requests apart
         values = family.captured.bindings(call)
         for k, sites in enumerate(family.selectors):
-            for site in sites if not row[k] else ():
+            for site in sites if row[k] != 1 else ():
                 self._bind_anchors(values, site, stream)
         if COEFFICIENTS in variant.inputs:
             values[COEFFICIENTS] = self._coefficients(weights, call)
@@ -136,7 +136,7 @@ class CompiledDenoiser(DenoiserProxy):
         limit = self.plan.anchors + len(stream.extra)
         written = dict(zip(variant.writes, outputs[variant.outputs :], strict=True))
         for k, sites in enumerate(family.selectors):
-            for site in sites if row[k] else ():
+            for site in sites if row[k] == 1 else ():
                 names = [write_name(site, index) for index in range(len(site.ports))]
                 if all(name in written for name in names):
                     stream.keep(site.name, step, tuple(written[name] for name in names), limit)
@@ -257,7 +257,7 @@ class CompiledDenoiser(DenoiserProxy):
             self.sessions.count("guarded")
             self.sessions.count("computed")
             return full, ()
-        if stream.extra and all(planned):
+        if stream.extra and is_full(planned):
             stream.forget_extra()  # later gaps are forecast from the planned anchors alone, as they were fitted
         elif stream.extra.intersection(self._kept(family, stream, 0)):  # the rest of a gap that got another anchor
             self.sessions.count("forecast")
@@ -265,10 +265,10 @@ class CompiledDenoiser(DenoiserProxy):
             return planned, tuple(
                 tuple(newton(step, self._kept(family, stream, k)[:near]).tolist())
                 for k, computed in enumerate(planned)
-                if not computed
+                if computed != 1
             )
         for k, computed in enumerate(planned):
-            if not computed:
+            if computed != 1:
                 needed = self.plan.anchor_steps(int(step), k)[: len(self.plan.coefficients[int(step)][k])]
                 if any(stream.steps(site.name)[: len(needed)] != needed for site in family.selectors[k]):
                     if (
@@ -297,7 +297,7 @@ class CompiledDenoiser(DenoiserProxy):
             row = (1,) * len(row)
         stream.served = reached
         self.sessions.count("mapped")
-        self.sessions.count("computed" if all(row) else "forecast")
+        self.sessions.count("computed" if is_full(row) else "forecast")
         return row, self._moved(family, stream, step, row)
 
     def _moved(
@@ -307,7 +307,7 @@ class CompiledDenoiser(DenoiserProxy):
         return tuple(
             tuple(mapping.coefficients(self.plan, k, step, self._kept(family, stream, k)))
             for k, computed in enumerate(row)
-            if not computed
+            if computed != 1
         )
 
     def _watch(self, family: Family, stream: Stream, step: int) -> None:
@@ -328,7 +328,7 @@ class CompiledDenoiser(DenoiserProxy):
 
     def _planned(self, step: int, row: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
         """The plan's coefficients of the selectors that `row` forecasts."""
-        return tuple(self.plan.coefficients[step][k] for k, computed in enumerate(row) if not computed)
+        return tuple(self.plan.coefficients[step][k] for k, computed in enumerate(row) if computed != 1)
 
     def _bind_anchors(self, values: dict[str, Tensor], site: Site, stream: Stream) -> None:
         """Anchor inputs of a site; where fewer exist than the graph takes, the oldest stands in with coefficient 0."""
@@ -348,6 +348,18 @@ class CompiledDenoiser(DenoiserProxy):
             table = torch.tensor(padded, dtype=torch.float64).to(torch.float32)
             self._tables[key] = table[:, None].expand(-1, batch, -1).contiguous().to(tensor.device)
         return self._tables[key]
+
+
+def denoiser_for(
+    original: nn.Module,
+    plan: Plan,
+    recording: Recording,
+    build: Callable[[Captured, Plan], Family],
+    backend: str,
+    guard: bool = False,
+) -> CompiledDenoiser:
+    """The denoiser that runs a plan: static, or with a trigger."""
+    return CompiledDenoiser(original, plan, recording, build, backend, guard)
 
 
 def _batch(call: Call, recording: Recording) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from dcc.errors import PlanError
 from dcc.plan import Plan, make_plan, with_costs
-from dcc.policies import make_policy
+from dcc.policies import Setting, make_policy
 from dcc.predictors import Predictor
 
 TAYLOR = Predictor("taylor", 1)
@@ -60,8 +60,8 @@ def test_mixed_selectors_have_their_own_predictors():
 
 
 def test_interval_one_is_all_compute_with_one_row():
-    policy = make_policy("interval", 5, {"interval": 1})
-    plan = costed(planned([[v] for v in policy.mask], [policy.predictor]))
+    policy = make_policy("interval", Setting(range(5)), {"interval": 1})
+    plan = costed(planned([[v] for v in policy.caches[0].mask], [policy.caches[0].predictor]))
     assert plan.rows == [(1,)]
     assert plan.steps_mask == [1] * 5
     assert plan.coefficients == (((),),) * 5
@@ -107,13 +107,14 @@ def test_save_and_load_give_the_same_plan(plan, tmp_path):
 
 @pytest.mark.parametrize("given", [[1, 1, 0, 0, 1], (1, 1, 0, 0, 1)], ids=["list", "tuple"])
 def test_steps_mask_in_and_out(given, tmp_path):
-    policy = make_policy("taylorseer", 5, {"steps_mask": given})
-    plan = planned([[v] for v in policy.mask], [policy.predictor], parameters={"steps_mask": given})
+    policy = make_policy("taylorseer", Setting(range(5)), {"steps_mask": given})
+    plan = planned([[v] for v in policy.caches[0].mask], [policy.caches[0].predictor], parameters={"steps_mask": given})
     assert plan.steps_mask == [1, 1, 0, 0, 1]
     plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
     assert loaded == plan
-    assert make_policy("interval", 5, {"steps_mask": loaded.steps_mask}).mask == (1, 1, 0, 0, 1)
+    again = make_policy("interval", Setting(range(5)), {"steps_mask": loaded.steps_mask})
+    assert again.caches[0].mask == (1, 1, 0, 0, 1)
 
 
 def test_the_file_is_readable_json(tmp_path):

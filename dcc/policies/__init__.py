@@ -1,0 +1,42 @@
+"""The survey's methods as policies: one file per class of its taxonomy, one function per method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dcc.errors import PolicyError
+from dcc.policies import hybrid, layer_adaptive, predictive, static, timestep_adaptive
+from dcc.policies.base import DEFAULT_SITE, Cached, Method, Policy, Setting
+
+__all__ = ["DEFAULT_SITE", "POLICIES", "Cached", "Method", "Policy", "Setting", "make_policy", "names"]
+
+DEFAULT_POLICY = "taylorseer"
+POLICIES: dict[str, Method] = {
+    value.name: value
+    for module in (static, timestep_adaptive, layer_adaptive, predictive, hybrid)
+    for value in vars(module).values()
+    if isinstance(value, Method)
+}
+
+
+def names() -> list[str]:
+    """The names that `policy=` takes, by class of the survey."""
+    return list(POLICIES)
+
+
+def make_policy(name: str, setting: Setting, parameters: dict[str, Any]) -> Policy:
+    """The named policy for a setting. Raises PolicyError for an unknown name, parameter or value."""
+    known = parameter_names(name)
+    unknown = [key for key in parameters if key not in known]
+    if unknown:
+        raise PolicyError(
+            f"policy {name!r} takes no parameter {', '.join(map(repr, unknown))}; it takes: {', '.join(known)}"
+        )
+    return POLICIES[name](setting, **parameters)
+
+
+def parameter_names(name: str) -> list[str]:
+    """The keyword parameters of a policy. Raises PolicyError for an unknown name."""
+    if name not in POLICIES:
+        raise PolicyError(f"unknown policy {name!r}; there are: {', '.join(POLICIES)}")
+    return POLICIES[name].parameters

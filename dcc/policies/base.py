@@ -1,0 +1,179 @@
+"""What a policy is: sites, when each is computed, how it is forecast in between, and what decides that.
+
+A published method is one function from a `Setting` and its keyword parameters to a `Policy`, decorated with the facts
+that its row of the table shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dcc.errors import PolicyError
+from dcc.predictors import Predictor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dcc.profile import Profile
+    from dcc.sites import Sites
+    from dcc.triggers import Trigger
+
+DEFAULT_SITE = "auto"  # the residual of all blocks where there is one, else the U-Net cut, else the raw output
+COPY = Predictor("copy")
+
+
+@dataclass(frozen=True)
+class Cached:
+    """One site or group of sites: 1 in `mask` for every step that computes it; `predictor` forecasts it at the others.
+
+    Under a trigger a 1 is a step that computes whatever the trigger says, and a 0 leaves it to the trigger. `form` is
+    how the value is forecast other than by one combination of whole anchors, as in `Plan.forms`; empty for that.
+    """
+
+    site: str
+    mask: tuple[int, ...]
+    predictor: Predictor = COPY
+    form: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a method decides for one setting. Without a `trigger` it is a static schedule."""
+
+    caches: tuple[Cached, ...]
+    trigger: Trigger | None = None
+
+
+class Setting:
+    """What a policy may look at: the run's noise levels, the denoiser's sites, and, measured once when first asked
+    for, the profile, raw values of a site and the quality of other policies on the calibration prompts."""
+
+    def __init__(
+        self,
+        levels: Sequence[float],
+        sites: Sites | None = None,
+        profile: Callable[[], Profile] | None = None,
+        values: Callable[[str], Tensor] | None = None,
+        score: Callable[[Policy], float] | None = None,
+    ) -> None:
+        self.levels = tuple(levels)
+        self._sites, self._profile, self._values, self._score = sites, profile, values, score
+
+    @property
+    def steps(self) -> int:
+        """Number of sampler steps."""
+        return len(self.levels)
+
+    @property
+    def sites(self) -> Sites:
+        """The sites of the captured denoiser."""
+        return self._given(self._sites, "the sites of a captured denoiser")
+
+    @functools.cached_property
+    def profile(self) -> Profile:
+        """The profile of the calibration prompts."""
+        return self._given(self._profile, "a calibration profile")()
+
+    def values(self, site: str) -> Tensor:
+        """True values of a site (its largest port) in one uncached run of the first prompt: [steps, batch, ...]."""
+        return self._given(self._values, "recorded values")(site)
+
+    def score(self, policy: Policy) -> float:
+        """Mean PSNR in dB of the final samples of the calibration prompts under another policy."""
+        return self._given(self._score, "runs of the calibration prompts")(policy)
+
+    def numbered(self, stop: int | None = None) -> int:
+        """How many blocks the denoiser has. Raises PolicyError where it has fewer than `stop`."""
+        count = len(self.sites.order)
+        if count < (stop or 1):
+            raise PolicyError(f"this needs {stop or 1} or more repeated blocks; the denoiser has {count}")
+        return count
+
+    @staticmethod
+    def _given(value: Any, what: str) -> Any:
+        if value is None:
+            raise PolicyError(f"this policy needs {what}, which is not at hand here; name it in dcc.compile")
+        return value
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method: the function that makes its policy, and its row of the table.
+
+    `kind` is its class in the survey (arXiv 2510.19755), `checked` how far the formula was verified: C in the method's
+    own code, C3 in another's implementation, D by description only, own for ours. `syncs` counts host synchronisations
+    a step. `needs` is what must be measured or given before.
+    """
+
+    make: Callable[..., Policy]
+    kind: str
+    title: str
+    source: str
+    checked: str
+    sites: str
+    trigger: str
+    predictor: str
+    needs: str = "nothing"
+    syncs: str = "0"
+
+    @property
+    def name(self) -> str:
+        """The name that `policy=` takes."""
+        return self.make.__name__
+
+    @property
+    def parameters(self) -> list[str]:
+        """Its keyword parameters."""
+        return [p.name for p in inspect.signature(self.make).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+    def __call__(self, setting: Setting, **parameters: Any) -> Policy:
+        return self.make(setting, **parameters)
+
+
+def method(kind: str, **facts: str) -> Callable[[Callable[..., Policy]], Method]:
+    """Makes a function a Method of the survey's class `kind`."""
+    return lambda make: Method(make, kind, **facts)
+
+
+def every(setting: Setting, interval: int, first: int = 1, last: int = 0) -> tuple[int, ...]:
+    """The `first` steps, every `interval`-th step after the last of them, and the `last` steps of the run."""
+    whole(interval=interval, first=first)
+    whole(0, last=last)
+    steps = setting.steps
+    return tuple(int(s < first or (s - first + 1) % interval == 0 or s >= steps - last) for s in range(steps))
+
+
+def listed(setting: Setting, steps: Sequence[int]) -> tuple[int, ...]:
+    """A mask that computes the listed steps and the first one."""
+    bad = [s for s in steps if not isinstance(s, int) or not 0 <= s < setting.steps]
+    if bad:
+        raise PolicyError(f"{bad} are no steps of a run of {setting.steps}: give whole numbers from 0 on")
+    return tuple(int(s in set(steps) | {0}) for s in range(setting.steps))
+
+
+def given_mask(setting: Setting, steps_mask: Sequence[int]) -> tuple[int, ...]:
+    """A caller's own mask. Raises PolicyError unless it has a 0 or 1 for every step and begins with 1."""
+    mask = list(steps_mask) if isinstance(steps_mask, Sequence) else [steps_mask]
+    if len(mask) != setting.steps or any(v not in (0, 1) for v in mask):
+        raise PolicyError(f"steps_mask must be {setting.steps} numbers 0 or 1, one a step; got {len(mask)}: {mask}")
+    if not mask[0]:
+        raise PolicyError("steps_mask must begin with 1: there is nothing to forecast the first step from")
+    return tuple(int(v) for v in mask)
+
+
+def whole(least: int = 1, /, **values: int) -> None:
+    """Raises PolicyError for a parameter that is not a whole number of at least `least`."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise PolicyError(f"{name}={value!r} must be a whole number of {least} or more")
+
+
+def between(low: float, high: float, /, **values: float) -> None:
+    """Raises PolicyError for a parameter that is not a number from `low` to `high`."""
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+            raise PolicyError(f"{name}={value!r} must be a number from {low:g} to {high:g}")
