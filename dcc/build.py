@@ -13,12 +13,15 @@ from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import copy_of, output_node
 from dcc.plan import Plan, with_costs
 from dcc.runtime import Family
-from dcc.sites import Sites, find_sites
+from dcc.sites import PROBE, Sites, find_sites
 
 
 def cost(plan: Plan, sites: Sites) -> Plan:
     """The plan with its expected FLOPs and cache bytes at the recorded shapes."""
     selected = [sites.select(name) for name in plan.sites]
+    for name, group in zip(plan.sites, selected, strict=True):
+        if any(site.kind == PROBE for site in group):
+            raise PlanError(f"{name!r} can be looked at by a trigger, not cached; choose another site")
     for row in plan.rows:
         owner: dict[str, str] = {}
         for k, name in enumerate(plan.sites):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rich.tree import Tree
+from torch.fx import Node
 
 from dcc.capture import Call, Captured
 from dcc.errors import SiteError
@@ -18,7 +19,7 @@ from dcc.passes.costs import Cost, costs
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import output_node
 from dcc.passes.levels import level_cut, levels, skip_cuts
-from dcc.passes.residual_stream import base_of, branches
+from dcc.passes.residual_stream import PRODUCTS, base_of, branches, op_name
 from dcc.text import human_bytes, render
 
 RANGE = re.compile(r"^blocks\[(\d+):(\d+)\]$")
@@ -29,6 +30,7 @@ GROUPS = {
     "mlp": "every MLP branch output before its gate",
 }
 BRANCH_KINDS = {"branches": None, "attn": ("attn", "cross", "attn+mlp"), "mlp": ("mlp",)}
+PROBE = "probe"  # kind of the sites that are looked at, not cached
 MIN_CUT = 0.05  # a concatenation that saves less is no skip connection worth a site
 
 
@@ -36,7 +38,9 @@ MIN_CUT = 0.05  # a concatenation that saves less is no skip connection worth a 
 class Sites:
     """The sites of one captured denoiser at one recorded shape, by name; prints as a tree.
 
-    Names: `output` (raw model output), `hidden` (the value behind the last block), `stack` (residual of all blocks),
+    Names: `output` (raw model output), `delta` (output minus latent), `hidden` (the value behind the last block),
+    `stack` (residual of all blocks), `latent` (the sampler's state) and `modulated` (what the first block's first
+    product takes), both of these only to look at,
     `<list>` (residual of one block list), `<list>.<i>` (residual of a block), `blocks[a:b]` (residual of blocks a to
     b-1 in execution order), `<block>/attn`, `<block>/cross`, `<block>/mlp` (branch output before its gate), `cut:k`
     (U-Net: the deep side of the k-th skip connection, 0 the outermost), `level:k` (U-Net: the cheapest cut below
@@ -148,21 +152,45 @@ class _Finder:
         self.add("output", "output", [Port(node.name) for node in outputs])
         if self.sites.captured.problem:
             return
+        self.latent(outputs)
         self.sites.order = block_analysis.outermost_blocks(self.graph_module, self.costs)
         self.hidden()
         if self.sites.order:
             self.stacks()
+            self.modulated()
         self.cuts()
         for block in self.sites.order:
             self.add_site(self.residual(block.path, [block]))
             self.branches(block)
 
+    @property
+    def sample(self) -> str:
+        """The graph input that carries the sampler's state: shaped like the output, or else the largest that moves."""
+        output = self.costs[output_node(self.graph_module).args[0][0].name].shape
+
+        def likeness(item: tuple[str, str]) -> tuple[bool, bool, int]:
+            cost = self.costs[item[1]]
+            return self.varies(item[0]), cost.shape == output, cost.bytes
+
+        return max(self.sites.captured.inputs.items(), key=likeness)[1]
+
+    def latent(self, outputs: Sequence[Node]) -> None:
+        """The sampler's state itself, and the output relative to it where their shapes agree."""
+        self.add("latent", PROBE, [Port(self.sample)])
+        if len(outputs) == 1 and self.costs[outputs[0].name].shape == self.costs[self.sample].shape:
+            self.add("delta", "residual", [Port(outputs[0].name, self.sample)])
+
+    def modulated(self) -> None:
+        """What the first block's first matrix product or convolution over the sample's tokens or pixels takes."""
+        inside, moved = self.sites.order[0].nodes, self.flow.depends_on([self.sample])
+        for node in self.graph_module.graph.nodes:
+            if node.name in inside and op_name(node) in PRODUCTS and node.all_input_nodes[0].name in moved:
+                self.add("modulated", PROBE, [Port(node.all_input_nodes[0].name)])
+                return
+
     def hidden(self) -> None:
         """The value behind the last block if all work flows through it, else the narrowest late value it passes."""
-        sample = max(
-            self.sites.captured.inputs.items(), key=lambda item: self.costs[item[1]].bytes * self.varies(item[0])
-        )
-        chain = self.flow.dominators(sample[1])
+        chain = self.flow.dominators(self.sample)
         late = [n for n in chain if self.saved([Port(n)]) >= 0.5 * self.sites.flops and self.costs[n].bytes]
         inside = self.sites.order[-1].nodes if self.sites.order else frozenset()
         last_block = [name for name in late if name in inside]
