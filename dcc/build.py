@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from dcc.capture import Captured
@@ -14,6 +15,7 @@ from dcc.passes.graph import copy_of, output_node
 from dcc.plan import Plan, with_costs
 from dcc.runtime import Family
 from dcc.sites import PROBE, Sites, find_sites
+from dcc.trigger_graphs import TriggerGraphs
 
 
 def cost(plan: Plan, sites: Sites) -> Plan:
@@ -45,6 +47,12 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
     """The variants of a plan for one captured graph: a copy of the graph per distinct row, rewritten by the passes."""
     sites = sites or find_sites(captured, captured.call)
     selected = tuple(sites.select(name) for name in plan.sites)
+    if plan.trigger:
+        if captured.problem:
+            raise PlanError(f"a trigger looks inside the denoiser, which cannot be exported: {captured.problem}")
+        make = functools.partial(_made, captured, observer)
+        graphs = TriggerGraphs(captured, plan, sites, selected, make)
+        return Family(captured, selected, {}, graphs)
     cached = [any(row[k] != 1 for row in plan.schedule) for k in range(len(plan.sites))]
     variants = {}
     for index, decisions in enumerate(plan.rows):
@@ -55,6 +63,10 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
         )
         variants[decisions] = variant(captured, row, f"row{index}", observer)
     return Family(captured, selected, variants)
+
+
+def _made(captured: Captured, observer: Observer, row: Row, name: str) -> Variant:
+    return variant(captured, row, name, observer)
 
 
 def variant(captured: Captured, row: Row, name: str, observer: Observer) -> Variant:

@@ -31,9 +31,10 @@ from dcc.planning import DEFAULT_EFFORT, Subject, budget_of, plan_within
 from dcc.policies import POLICIES, make_policy, parameter_names
 from dcc.profile import Profile
 from dcc.record import Recording
-from dcc.runtime import CompiledDenoiser, denoiser_for
+from dcc.runtime import CompiledDenoiser
 from dcc.setting import plan_for, setting_of
 from dcc.sites import Sites, find_sites
+from dcc.triggered import denoiser_for
 
 
 def compile(

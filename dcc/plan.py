@@ -70,7 +70,12 @@ class Plan:
 
     @property
     def rows(self) -> list[tuple[int, ...]]:
-        """The distinct rows of the schedule, the all-compute row first: one compiled variant each."""
+        """The distinct rows of the schedule, the all-compute row first: one compiled variant each.
+
+        Only that one under a trigger, which makes rows as it decides.
+        """
+        if self.trigger:
+            return [(1,) * len(self.sites)]
         return sorted(set(self.schedule) | {(1,) * len(self.sites)}, reverse=True)
 
     @property
@@ -182,6 +187,8 @@ def make_plan(
 def with_costs(plan: Plan, flops_of_row: dict[tuple[int, ...], int], anchor_bytes: int) -> Plan:
     """The plan with its expected cost: FLOPs of a call by row, and the bytes of one anchor of all sites."""
     full = flops_of_row[(1,) * len(plan.sites)]
+    if plan.trigger:  # known when it has run
+        flops_of_row = dict.fromkeys(plan.schedule, full)
     forecasts = not all(is_full(row) for row in plan.schedule)
     return replace(
         plan,

@@ -27,6 +27,7 @@ from dcc.proxy import DenoiserProxy
 from dcc.record import Recording
 from dcc.session import Sessions, Stream
 from dcc.summary import Summary
+from dcc.trigger_graphs import TriggerGraphs
 
 TIME_TOLERANCE = 0.05  # of the smallest gap between two levels
 
@@ -38,6 +39,7 @@ class Family:
     captured: Captured
     selectors: tuple[tuple[Site, ...], ...]
     variants: dict[tuple[int, ...], Variant]
+    graphs: TriggerGraphs | None = None  # where the plan has a trigger
     proven: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)  # shapes at which it equals the eager module
 
 
@@ -71,18 +73,25 @@ class CompiledDenoiser(DenoiserProxy):
             family = self.family(call)
             step, key, owners = self._locate(call)
             stream = self._stream(step, key, owners)
-            row, weights = self._decide(family, stream, step)
-            outputs = self.run(family, call, stream, row, step, weights)
-            if self.guard is not False and is_full(row) and step == int(step):
-                self._watch(family, stream, int(step))
+            outputs = self.serve(family, call, stream, step)
             last, stream.step = stream.step, step
             if mapping.ends(self.plan, last, step) if stream.served else step == self.plan.steps - 1:
                 self.sessions.close(key)
         return pytree.tree_unflatten(outputs, family.captured.out_spec)
 
+    def serve(self, family: Family, call: Call, stream: Stream, step: float) -> list[Tensor]:
+        """The denoiser's outputs for one step of one stream."""
+        row, weights = self._decide(family, stream, step)
+        outputs = self.run(family, call, stream, row, step, weights)
+        if self.guard is not False and is_full(row) and step == int(step):
+            self._watch(family, stream, int(step))
+        return outputs
+
     def with_plan(self, plan: Plan, backend: str | None = None) -> CompiledDenoiser:
         """The same capture and recording with another plan; state, programs and counters are its own."""
-        net = type(self)(self.original, plan, self.recording, self._build, backend or self.backend, self.guard)
+        from dcc.triggered import denoiser_for  # it derives from this class
+
+        net = denoiser_for(self.original, plan, self.recording, self._build, backend or self.backend, self.guard)
         for family in self.families:
             net.families.append(self._build(family.captured, plan))
             net.families[-1].proven |= family.proven  # else its shapes are compared with the eager module once more
@@ -341,7 +350,7 @@ class CompiledDenoiser(DenoiserProxy):
     def _coefficients(self, weights: tuple[tuple[float, ...], ...], call: Call) -> Tensor:
         """Coefficients [forecast selectors, batch, J] float32 on the call's device, made once for equal weights."""
         tensor = call.tensors[0]
-        batch = _batch(call, self.recording)
+        batch = batch_of(call, self.recording)
         key = (weights, batch, tensor.device)
         if key not in self._tables:
             padded = [[*values, *([0.0] * (self.plan.anchors - len(values)))] for values in weights]
@@ -350,19 +359,7 @@ class CompiledDenoiser(DenoiserProxy):
         return self._tables[key]
 
 
-def denoiser_for(
-    original: nn.Module,
-    plan: Plan,
-    recording: Recording,
-    build: Callable[[Captured, Plan], Family],
-    backend: str,
-    guard: bool = False,
-) -> CompiledDenoiser:
-    """The denoiser that runs a plan: static, or with a trigger."""
-    return CompiledDenoiser(original, plan, recording, build, backend, guard)
-
-
-def _batch(call: Call, recording: Recording) -> int:
+def batch_of(call: Call, recording: Recording) -> int:
     """First dimension of the sample: the largest tensor that moves from step to step."""
     moving = [t for n, t in zip(call.names, call.tensors, strict=True) if n in recording.varying and t.dim() > 0]
     if not moving:

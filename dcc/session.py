@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ class Stream:
     served: list[int] = field(default_factory=list)  # per selector, at other noise levels than the plan's (mapping.due)
     extra: set[int] = field(default_factory=set)  # steps that the guard has computed besides the planned ones
     anchors: dict[str, list[tuple[float, tuple[Tensor, ...]]]] = field(default_factory=dict)
+    watch: Any = None  # a triggered.Watch, where the plan has a trigger
 
     def keep(self, site: str, step: float, values: tuple[Tensor, ...], limit: int) -> None:
         """Adds an anchor, newest first, and drops what exceeds `limit`."""
@@ -39,7 +41,9 @@ class Stream:
 
     def bytes(self) -> int:
         """Bytes of all anchors held."""
-        return sum(t.numel() * t.element_size() for kept in self.anchors.values() for _, values in kept for t in values)
+        watched = self.watch.bytes() if self.watch is not None else 0
+        kept = [tensor for anchors in self.anchors.values() for _, values in anchors for tensor in values]
+        return watched + sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
 @dataclass
@@ -54,6 +58,10 @@ class Counts:
     mapped: int = 0  # at other noise levels than the plan's
     forgotten: int = 0  # streams dropped because there were more than MAX_STREAMS
     peak_bytes: int = 0
+    regions: int = 0  # compiled regions entered, under a trigger
+    syncs: int = 0  # times a trigger read the device
+    flops: int = 0  # spent under a trigger, per sample, and what the same calls take uncached
+    flops_uncached: int = 0
 
 
 class Sessions:
@@ -98,6 +106,12 @@ class Sessions:
         """Adds one call of `kind`: computed, forecast, missed, mapped or guarded."""
         with self.lock:
             setattr(self.counts, kind, getattr(self.counts, kind) + 1)
+
+    def add(self, **amounts: int) -> None:
+        """Adds to counters by name."""
+        with self.lock:
+            for name, amount in amounts.items():
+                setattr(self.counts, name, getattr(self.counts, name) + amount)
 
     def weigh(self) -> None:
         """Notes the bytes held now; called after anchors were added."""

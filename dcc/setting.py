@@ -23,8 +23,8 @@ from dcc.policies.base import DEFAULT_SITE, Policy, Setting
 from dcc.profile import Profile
 from dcc.proxy import DenoiserProxy
 from dcc.record import Recording
-from dcc.runtime import denoiser_for
 from dcc.sites import Sites
+from dcc.triggered import denoiser_for
 
 SCORED = 8  # prompts that a policy's own search runs on
 

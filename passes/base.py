@@ -33,15 +33,56 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Look:
+    """A number per sample that a trigger reads: the distance of a value to a reference (dcc.triggers.Measure)."""
+
+    port: Port
+    against: str
+    norm: str
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """A site of which some tokens are computed afresh at some steps (passes/refresh_tokens.py).
+
+    `decision` is the schedule's value: 1 computes the site and starts its state, 0 forecasts it with what earlier
+    refreshes corrected, 2 also computes a `ratio` of the tokens with `nodes`, which take tokens from the values `ends`
+    (token_wise.Region). `select` names how they are chosen, `options` are its numbers. `tokens` and `leader` are the
+    value that K-means clusters and the site that keeps the labels; `last` says, where the site has more tokens than
+    the model's output, whether those of the output stand last (else first).
+    """
+
+    site: Site
+    decision: int
+    select: str
+    ratio: float
+    nodes: tuple[str, ...] = ()
+    ends: frozenset[str] = frozenset()
+    options: tuple[tuple[str, float], ...] = ()
+    salt: int = 0
+    tokens: str = ""
+    leader: str = ""
+    last: bool | None = None
+
+    def option(self, name: str) -> float:
+        """A number of the selector."""
+        return dict(self.options)[name]
+
+
+@dataclass(frozen=True)
 class Row:
     """One distinct row of a schedule: its sites are either computed (and written) or forecast from `anchors` values.
 
-    `forecast` groups sites that share coefficients: group k reads row k of the coefficient input.
+    `forecast` groups sites that share coefficients: group k reads row k of the coefficient input. `watched` values are
+    returned for a trigger to compare with later ones, `looks` are compared in this call.
     """
 
     computed: tuple[Site, ...] = ()
     forecast: tuple[tuple[Site, ...], ...] = ()
     anchors: int = 1
+    refreshed: tuple[Refresh, ...] = ()
+    watched: tuple[Port, ...] = ()
+    looks: tuple[Look, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +110,25 @@ def anchor_name(site: Site, port: int, age: int) -> str:
 def write_name(site: Site, port: int) -> str:
     """Name of the graph output that carries the fresh value of `site`'s `port`."""
     return f"write_{identifier(site.name)}_{port}"
+
+
+def watch_name(port: Port) -> str:
+    """Name of the graph output that carries a watched value."""
+    return f"watch_{_label(port)}"
+
+
+def seen_name(port: Port, which: str | int) -> str:
+    """Name of the graph input that holds a watched value of "previous" step, or `which` computed steps ago."""
+    return f"seen_{_label(port)}_{which}"
+
+
+def look_name(look: Look) -> str:
+    """Name of the graph output that carries the number of a look."""
+    return f"look_{_label(look.port)}_{look.against}_{look.norm}"
+
+
+def _label(port: Port) -> str:
+    return identifier(f"{port.out} {port.base or 'itself'}")
 
 
 def identifier(text: str) -> str:

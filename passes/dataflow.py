@@ -26,9 +26,13 @@ class Dataflow:
 
     def needed(self, forecast: Iterable[Port] = ()) -> set[str]:
         """Names of the nodes that still run when the ports' values are forecast instead of computed."""
+        return self.needed_for([OUTPUT], forecast)
+
+    def needed_for(self, wanted: Iterable[str], forecast: Iterable[Port] = ()) -> set[str]:
+        """Names of the nodes that run for the wanted ones when the ports' values are forecast."""
         bases = {port.out: port.base for port in forecast}
         alive: set[str] = set()
-        todo = [OUTPUT]
+        todo = list(wanted)
         while todo:
             name = todo.pop()
             if name in bases:  # not computed: made of its anchors and its base

@@ -147,6 +147,13 @@ def every(setting: Setting, interval: int, first: int = 1, last: int = 0) -> tup
     return tuple(int(s < first or (s - first + 1) % interval == 0 or s >= steps - last) for s in range(steps))
 
 
+def forced(setting: Setting, first: int = 1, last: int = 1) -> tuple[int, ...]:
+    """The steps that compute whatever a trigger says: the `first` and the `last` ones."""
+    whole(first=first)
+    whole(0, last=last)
+    return tuple(int(s < first or s >= setting.steps - last) for s in range(setting.steps))
+
+
 def listed(setting: Setting, steps: Sequence[int]) -> tuple[int, ...]:
     """A mask that computes the listed steps and the first one."""
     bad = [s for s in steps if not isinstance(s, int) or not 0 <= s < setting.steps]

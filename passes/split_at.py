@@ -1,0 +1,84 @@
+"""Splits a variant behind the values that a trigger looks at: a prefix that all rows share, and the rest.
+
+    h = f(x); d = distance(h, seen); y = g(h); return (y, d)    -->    prefix (x, seen) -> (h, d);  suffix (h) -> (y)
+
+Not a pass of the list: one graph becomes two. Values that are no tensors (sizes, lists of views) are computed again in
+the suffix instead of being handed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch.fx import Graph, GraphModule, Node
+
+from dcc.passes.graph import copy_of, is_tensor, nodes_by_name, output_node
+
+
+def ancestors(graph_module: GraphModule, names: Iterable[str]) -> set[str]:
+    """Names of the nodes that the named ones need, themselves included, graph inputs left out."""
+    nodes = nodes_by_name(graph_module)
+    found: set[str] = set()
+    todo = [nodes[name] for name in names]
+    while todo:
+        node = todo.pop()
+        if node.name not in found and node.op != "placeholder":
+            found.add(node.name)
+            todo.extend(node.all_input_nodes)
+    return found
+
+
+def prefix(graph_module: GraphModule, outputs: Sequence[str]) -> GraphModule:
+    """A graph that computes the named nodes and nothing else; its outputs are these."""
+    copy = copy_of(graph_module)
+    nodes = nodes_by_name(copy)
+    output_node(copy).args = (tuple(nodes[name] for name in outputs),)
+    _drop_dead(copy)
+    copy.recompile()
+    return copy
+
+
+def suffix(graph_module: GraphModule, inside: set[str], drop: Sequence[str]) -> tuple[GraphModule, list[str]]:
+    """The graph without the nodes named in `inside`, and the names of the tensors it takes from them.
+
+    `drop` names outputs that belong to the prefix. Handed-over tensors become graph inputs of the same names.
+    """
+    handed: dict[Node, Node] = {}
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    body = [node for node in graph_module.graph.nodes if node.op not in ("placeholder", "output")]
+    outputs = [node for node in output_node(graph_module).args[0] if node.name not in drop]
+    wanted = _needed(outputs, inside)
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" and node in wanted:
+            copies[node] = graph.node_copy(node)
+    for node in body:
+        if node in wanted and node.name in inside and is_tensor(node):
+            handed[node] = graph.placeholder(node.name)
+            handed[node].meta.update(node.meta)
+            copies[node] = handed[node]
+    for node in body:
+        if node in wanted and node not in copies:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(tuple(copies[node] for node in outputs))
+    return GraphModule(graph_module, graph), [node.name for node in handed]
+
+
+def _needed(outputs: Sequence[Node], inside: set[str]) -> set[Node]:
+    """Nodes behind the split, with those in front that they take: tensors as they are, others down to their tensors."""
+    found: set[Node] = set()
+    todo = list(outputs)
+    while todo:
+        node = todo.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if node.name not in inside or not is_tensor(node):
+            todo.extend(node.all_input_nodes)
+    return found
+
+
+def _drop_dead(graph_module: GraphModule) -> None:
+    for node in reversed(list(graph_module.graph.nodes)):
+        if node.op != "output" and not node.users:
+            graph_module.graph.erase_node(node)
