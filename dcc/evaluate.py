@@ -181,6 +181,7 @@ class Arm:
         summary, row = self.net.summary(), self.row
         row.computed, row.forecast, row.missed = summary.computed, summary.forecast, summary.missed
         row.cache_bytes = summary.cache_bytes
+        row.realised = summary.speedup if row.plan is not None and row.plan.trigger else None
         saves_nothing = "this plan computes every step"
         row.notes += [p for p in summary.problems if row.name != UNCACHED or not p.startswith(saves_nothing)]
 

@@ -65,10 +65,10 @@ def _cells(report: Report, row: Row) -> dict[str, Any]:
 
     return {
         "name": row.name,
-        "full": f"{sum(plan.steps_mask)} of {plan.steps}" if plan else "",
-        "flops": f"{plan.speedup:.2f}x" if plan else "",
+        "full": row.full_steps.replace("/", " of ") if plan else "",
+        "flops": f"{row.ideal:.2f}x" if row.ideal else "",
         "speedup": f"{report.speedup(row):.2f}x" if measured else "",
-        "share": f"{report.speedup(row) / plan.speedup:.0%}" if measured and plan else "",
+        "share": f"{report.speedup(row) / row.ideal:.0%}" if measured and plan else "",
         "latency": human_seconds(row.latency) if measured else "",
         "after": fidelity(row.psnr, row.ssim),
         "before": fidelity(row.psnr_raw, row.ssim_raw),
@@ -92,7 +92,7 @@ def _plot(report: Report, scored: list[Row], colours: dict[str, str]) -> str:
         ]
 
     panels = {
-        "speed-up in denoiser FLOPs": points(lambda row: row.plan.speedup),
+        "speed-up in denoiser FLOPs": points(lambda row: row.ideal),
         "measured speed-up of the whole run": points(report.speedup),
     }
     return _uri("image/svg+xml", scatter(panels).encode())

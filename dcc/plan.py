@@ -13,6 +13,7 @@ from typing import Any
 
 from dcc.errors import PlanError, PolicyError
 from dcc.predictors import Predictor
+from dcc.refresh import form_problem, has_tokens
 from dcc.triggers import Trigger, trigger_of
 
 VERSION = 1
@@ -22,8 +23,8 @@ VERSION = 1
 class Plan:
     """A static schedule for one denoiser and one list of noise levels.
 
-    `schedule[step][k]` is 1 where the sites of selector `sites[k]` are computed at that step and 0 where they are
-    forecast; `coefficients[step][k]` then weighs their anchors, newest first (empty at computed steps). `levels` are
+    `schedule[step][k]` is 1 where the sites of selector `sites[k]` are computed at that step, 0 where they are
+    forecast and 2 where they are forecast but for some tokens (`forms[k]` has "tokens"); `coefficients[step][k]` then weighs their anchors, newest first (empty at computed steps). `levels` are
     the timestep values the denoiser is called with, in order. FLOPs are those of one whole run of one stream.
     Where a `trigger` decides at run time, a 1 is a step that computes whatever it says, coefficients are empty, and
     `predictors` (one a site) make them when the anchors are known. `forms[k]` says how site k is forecast other than by
@@ -76,7 +77,8 @@ class Plan:
         """
         if self.trigger:
             return [(1,) * len(self.sites)]
-        return sorted(set(self.schedule) | {(1,) * len(self.sites)}, reverse=True)
+        full = (1,) * len(self.sites)
+        return [full, *sorted(set(self.schedule) - {full}, reverse=True)]
 
     @property
     def speedup(self) -> float:
@@ -115,7 +117,7 @@ class Plan:
             raise PlanError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
-        mask = "".join("1" if full else "0" for full in self.steps_mask)
+        mask = "".join("1" if full else "?" if self.trigger else "0" for full in self.steps_mask)
         parameters = ", ".join(f"{name}={value}" for name, value in self.parameters.items())
         lines = [
             f"plan: {self.policy}({parameters})",
@@ -124,6 +126,10 @@ class Plan:
         ]
         for k, site in enumerate(self.sites):
             lines.append(f"  site        {site}: {''.join(str(row[k]) for row in self.schedule)}")
+        if self.trigger:
+            fields = ", ".join(f"{name}={value}" for name, value in self.trigger.items() if name != "kind")
+            lines.append(f"  trigger     {self.trigger['kind']}({fields}) decides the steps marked ?")
+            return "\n".join(lines)
         lines.append(
             f"  expected    {self.speedup:.2f}x fewer FLOPs ({self.flops_uncached / 1e9:.2f} to {self.flops / 1e9:.2f} "
             f"GFLOP a run and stream), {self.cache_bytes / 2**20:.2f} MiB of anchors, "
@@ -267,7 +273,13 @@ def _check_table(plan: Plan, require: Callable[[bool, str, str], None]) -> None:
         _ = [Predictor.of(data) for data in plan.predictors]
     except PolicyError as error:
         raise PlanError(f"plan field 'trigger' or 'predictors': {error}") from error
-    require(all(v in (0, 1) for row in plan.schedule for v in row), "schedule", "must hold 0 and 1 only")
+    for form in plan.forms:
+        problem = form_problem(form)
+        require(problem is None, "forms", problem or "")
+        require(not (has_tokens(form) and plan.trigger), "forms", "may have 'tokens' in a static schedule only")
+    whole = [not has_tokens(form) for form in plan.forms or [{}] * width]
+    good = all(v in (0, 1) or (v == 2 and not whole[k]) for row in plan.schedule for k, v in enumerate(row))
+    require(good, "schedule", "must hold 0 and 1 only, and 2 where the site's form has 'tokens'")
     computed = [0] * width
     for step, row in enumerate(plan.schedule):
         for k, full in enumerate(row):
@@ -278,7 +290,7 @@ def _check_table(plan: Plan, require: Callable[[bool, str, str], None]) -> None:
                 "coefficients",
                 f"{where} must be finite numbers",
             )
-            if full or plan.trigger:
+            if full == 1 or plan.trigger:
                 require(not values, "coefficients", f"{where} must be empty, because the step computes")
                 computed[k] += 1
             else:

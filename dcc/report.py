@@ -48,12 +48,30 @@ class Row:
     cache_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     error: str | None = None
+    realised: float | None = None  # ratio of denoiser FLOPs of all runs, where a trigger decided them
     pictures: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def latency(self) -> float:
         """Median seconds a sample; NaN before the first run."""
         return statistics.median(self.seconds) if self.seconds else math.nan
+
+    @property
+    def ideal(self) -> float | None:
+        """Ratio of denoiser FLOPs, uncached over this: as planned or, under a trigger, as it turned out."""
+        return self.realised or (self.plan.speedup if self.plan else None)
+
+    @property
+    def full_steps(self) -> str:
+        """Full steps of all steps, as planned or, under a trigger, as the share of calls that it turned out to be."""
+        if self.plan is None:
+            return "-"
+        if self.plan.trigger:
+            calls = self.computed + self.forecast
+            return (
+                f"{self.computed / calls * self.plan.steps:.1f}/{self.plan.steps}" if calls else f"?/{self.plan.steps}"
+            )
+        return f"{sum(self.plan.steps_mask)}/{self.plan.steps}"
 
     @property
     def worst(self) -> int | None:
@@ -100,7 +118,7 @@ class Report:
             "policy": plan.policy if plan else None,
             "steps": plan.steps if plan else None,
             "full_steps": sum(plan.steps_mask) if plan else None,
-            "speedup_flops": plan.speedup if plan else None,
+            "speedup_flops": row.ideal,
             "speedup_measured": self.speedup(row) if row.seconds else None,
             "latency_seconds": row.latency if row.seconds else None,
             **_mean_and_worst("psnr", row.psnr),
@@ -166,8 +184,7 @@ class Report:
         return render(self, 80)
 
     def _cells(self, row: Row) -> list[str]:
-        plan = row.plan
-        planned = [f"{sum(plan.steps_mask)}/{plan.steps}", f"{plan.speedup:.2f}x"] if plan else ["-", "-"]
+        planned = [row.full_steps, f"{row.ideal:.2f}x" if row.ideal else "-"]
         if row.error:
             return [*planned, "failed", "-", "-", "-"]
         similar = f"{statistics.fmean(row.ssim):.3f}" if row.ssim else "-"

@@ -30,6 +30,9 @@ class Summary:
     sessions: int
     cache_bytes: int
     problems: tuple[str, ...]
+    speedup: float  # of FLOPs: as planned, or, under a trigger, so far
+    syncs: int = 0
+    regions: int = 0
 
     @classmethod
     def of(cls, net: CompiledDenoiser) -> Summary:
@@ -52,8 +55,9 @@ class Summary:
         if counts.forgotten:
             problems.append(f"{counts.forgotten} unfinished generations were forgotten")
         planned = net.plan.steps - sum(net.plan.steps_mask)
-        if planned == 0:
-            problems.append("this plan computes every step: it is the original model, nothing is saved")
+        if planned == 0 or (net.plan.trigger and counts.computed and not counts.forecast):
+            what = "the trigger has forecast no step so far" if planned else "this plan computes every step"
+            problems.append(f"{what}: it is the original model, nothing is saved")
         return cls(
             plan=net.plan,
             backend=net.backend,
@@ -67,6 +71,9 @@ class Summary:
             sessions=counts.sessions,
             cache_bytes=counts.peak_bytes,
             problems=tuple(problems),
+            speedup=counts.flops_uncached / counts.flops if counts.flops else net.plan.speedup,
+            syncs=counts.syncs,
+            regions=counts.regions,
         )
 
     def __rich__(self) -> Table:
@@ -75,13 +82,15 @@ class Summary:
         rows = {
             "policy": f"{self.plan.policy}, {self.plan.steps} steps, {sum(self.plan.steps_mask)} of them full",
             "steps mask": "".join(map(str, self.plan.steps_mask)),
-            "expected": f"{self.plan.speedup:.2f}x fewer FLOPs",
+            "expected": "decided at run time" if self.plan.trigger else f"{self.plan.speedup:.2f}x fewer FLOPs",
             "calls": f"{calls}: {self.computed} computed, {self.forecast} forecast, "
             f"{self.missed} missed, in {self.sessions} sessions",
             "compiled": f"{self.variants} variants, {self.programs} programs ({self.backend}), "
             f"{self.captures} captures, {self.compile_seconds:.1f} s",
             "cache": f"{human_bytes(self.cache_bytes)} at most so far",
         }
+        if self.plan.trigger:
+            rows["so far"] = f"{self.speedup:.2f}x fewer FLOPs, {self.syncs} host reads, {self.regions} regions entered"
         for name, value in rows.items():
             table.add_row(name, value)
         for problem in self.problems:

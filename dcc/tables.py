@@ -24,11 +24,11 @@ def demo_table(report: Report, row: Row, title: str | None = None) -> Table:
     table.add_column("uncached", justify="right", no_wrap=True)
     table.add_column("cached", justify="right", no_wrap=True)
     table.add_row("latency per image (median)", human_seconds(report.reference.latency), human_seconds(row.latency))
-    table.add_row("full steps", f"{plan.steps} of {plan.steps}", f"{sum(plan.steps_mask)} of {plan.steps}")
-    table.add_row("cache", "none", human_bytes(plan.cache_bytes), end_section=True)
+    table.add_row("full steps", f"{plan.steps} of {plan.steps}", row.full_steps.replace("/", " of "))
+    table.add_row("cache", "none", human_bytes(row.cache_bytes if plan.trigger else plan.cache_bytes), end_section=True)
     table.add_row("[bold]speed-up[/]", "", f"[bold]{speedup:.2f}x[/]")
-    table.add_row("ideal speed-up (denoiser FLOPs)", "", f"{plan.speedup:.2f}x")
-    table.add_row("share of the ideal", "", f"{speedup / plan.speedup:.0%}", end_section=True)
+    table.add_row("ideal speed-up (denoiser FLOPs)", "", f"{row.ideal:.2f}x")
+    table.add_row("share of the ideal", "", f"{speedup / row.ideal:.0%}", end_section=True)
     table.add_row("PSNR, mean", "", f"[bold]{decibels(mean_psnr(row.psnr))}[/]")
     table.add_row("PSNR, worst image", "", decibels(min(row.psnr)))
     table.add_row("SSIM, mean", "", f"{statistics.fmean(row.ssim):.4f}")
@@ -52,6 +52,9 @@ def plan_table(plan: Plan) -> Table:
         for row in plan.schedule:
             mask.append(str(row[k]), "bold green" if row[k] else "dim")
         table.add_row("  steps", mask)
+    if plan.trigger:
+        table.add_row("trigger", Text(f"{plan.trigger['kind']}; decides at run time where a step shows 0"))
+        return table
     table.add_row("expected", f"{plan.speedup:.2f}x fewer denoiser FLOPs")
     table.add_row("", f"{plan.flops_uncached / 1e9:.2f} to {plan.flops / 1e9:.2f} GFLOP a run and stream")
     table.add_row("cache", f"{human_bytes(plan.cache_bytes)} a stream")

@@ -21,7 +21,7 @@ from dcc.plan import Plan, is_full
 from dcc.predictors import Predictor
 from dcc.record import Recording
 from dcc.runtime import CompiledDenoiser, Family, batch_of
-from dcc.session import Stream
+from dcc.session import Counts, Stream
 from dcc.trigger_graphs import TriggerGraphs
 from dcc.triggers import Memory, trigger_of
 
@@ -102,6 +102,7 @@ class TriggeredDenoiser(CompiledDenoiser):
             for index, row in enumerate((None, full, self.trigger.sample_row(len(full)))):
                 say(f"lowering variant {index + 1} of 3")
                 self._step_through(family, call, stream, index, row)
+        self.sessions.counts = Counts()
 
     def serve(self, family: Family, call: Call, stream: Stream, step: float) -> list[Tensor]:
         if step != int(step):  # a run of other noise levels: the trigger decides there as it does here
@@ -209,9 +210,7 @@ class TriggeredDenoiser(CompiledDenoiser):
         for site in (site for group in forecast for site in group):
             for age in range(self.plan.anchors):
                 for index, tensor in enumerate(watch.rings[site.name].at(age)):
-                    values[anchor_name(site, index, age)] = _pick(
-                        tensor, who, graphs.batched(site.ports[index].out)
-                    )
+                    values[anchor_name(site, index, age)] = _pick(tensor, who, graphs.batched(site.ports[index].out))
         if COEFFICIENTS in variant.inputs:
             samples = range(batch) if who is None else who.tolist()
             values[COEFFICIENTS] = self._weigh(graphs, watch, step, row, samples, given, call.tensors[0].device)

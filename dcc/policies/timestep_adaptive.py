@@ -96,7 +96,7 @@ def dicache(setting: Setting, *, threshold: float = 0.4, probe: int = 1, retenti
     first = max(1, int(retention_ratio * setting.steps))
     mask = forced(setting, first)
     trigger = AlignedProbe(f"blocks[0:{probe}]", float(threshold))
-    return Policy((Cached("stack", mask, Predictor("newton", 1)),), trigger)
+    return Policy((Cached(DEFAULT_SITE, mask, Predictor("newton", 1)),), trigger)
 
 
 @method(
