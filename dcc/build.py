@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from dcc.capture import Captured
 from dcc.errors import PlanError
@@ -13,6 +15,7 @@ from dcc.passes.base import Row, Site
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import copy_of, output_node
 from dcc.plan import Plan, with_costs
+from dcc.refresh import refresh_flops, refreshes, state_bytes
 from dcc.runtime import Family
 from dcc.sites import PROBE, Sites, find_sites
 from dcc.trigger_graphs import TriggerGraphs
@@ -33,14 +36,21 @@ def cost(plan: Plan, sites: Sites) -> Plan:
                         f"a step forecasts both {owner[out]!r} and {name!r}, which are one value; choose one"
                     )
     flow = Dataflow(sites.captured.graph_module)
-    flops = {row: row_flops(flow, sites, selected, row) for row in plan.rows}
-    return with_costs(plan, flops, sum(site.bytes for group in selected for site in group))
+    flops = {row: row_flops(flow, sites, selected, row, plan.forms) for row in plan.rows}
+    priced = with_costs(plan, flops, sum(site.bytes for group in selected for site in group))
+    return replace(priced, cache_bytes=priced.cache_bytes + state_bytes(selected, plan.forms))
 
 
-def row_flops(flow: Dataflow, sites: Sites, selected: Sequence[Sequence[Site]], row: Sequence[int]) -> int:
-    """FLOPs of one call that forecasts the sites that the row does not compute."""
+def row_flops(
+    flow: Dataflow,
+    sites: Sites,
+    selected: Sequence[Sequence[Site]],
+    row: Sequence[int],
+    forms: Sequence[dict[str, Any]] = (),
+) -> int:
+    """FLOPs of one call that forecasts the sites that the row does not compute, and refreshes tokens where it says 2."""
     forecast = [p for k, decision in enumerate(row) if decision != 1 for s in selected[k] for p in s.ports]
-    return flow.flops(sites.costs, forecast)
+    return refresh_flops(flow, sites, forecast, refreshes(sites, selected, forms, row))
 
 
 def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | None = None) -> Family:
@@ -60,6 +70,7 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
             computed=tuple(s for k, d in enumerate(decisions) if d == 1 and cached[k] for s in selected[k]),
             forecast=tuple(selected[k] for k, d in enumerate(decisions) if d != 1),
             anchors=plan.anchors,
+            refreshed=refreshes(sites, selected, plan.forms, decisions),
         )
         variants[decisions] = variant(captured, row, f"row{index}", observer)
     return Family(captured, selected, variants)

@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
 from dcc.errors import LoweringError
+from dcc.passes.base import state_of
 from dcc.passes.graph import copy_of
 
 BACKENDS = ("inductor", "eager")
@@ -32,6 +33,11 @@ class Variant:
     inputs: tuple[str, ...]
     outputs: int
     writes: tuple[str, ...] = ()
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """States of token selection that it returns anew, by the name of the input that takes them."""
+        return tuple(state for name in self.writes if (state := state_of(name)) is not None)
 
 
 @dataclass

@@ -44,7 +44,7 @@ def due(plan: Plan, selector: int, served: int, last: float | None, now: float) 
     A selector is computed where this is more than `served`, the value after the call before (-1 at first). `last` is
     the position of that call: each anchor goes to the nearest call, strides being alike; the first call computes.
     """
-    computed = [step for step, row in enumerate(plan.schedule) if row[selector]]
+    computed = [step for step, row in enumerate(plan.schedule) if row[selector] == 1]
     if last is None:
         return max((step for step in computed if step <= now), default=computed[0])
     half = max(now - last, 0.0) / 2
@@ -63,7 +63,7 @@ def coefficients(plan: Plan, selector: int, now: float, anchors: Sequence[float]
     linear extrapolation of its anchors at this noise level. Measured against moving all weights so that polynomials
     are kept, and against polynomials alone, on a plan for 28 steps at 20 and 40: this was the best at both.
     """
-    computed = [step for step, row in enumerate(plan.schedule) if row[selector]]
+    computed = [step for step, row in enumerate(plan.schedule) if row[selector] == 1]
     begin = max((step for step in computed if step <= anchors[0] + 0.5), default=computed[0])
     gap = range(begin + 1, min((s for s in computed if s > begin), default=plan.steps))
     weights = np.zeros(plan.anchors)

@@ -24,7 +24,8 @@ class Plan:
     """A static schedule for one denoiser and one list of noise levels.
 
     `schedule[step][k]` is 1 where the sites of selector `sites[k]` are computed at that step, 0 where they are
-    forecast and 2 where they are forecast but for some tokens (`forms[k]` has "tokens"); `coefficients[step][k]` then weighs their anchors, newest first (empty at computed steps). `levels` are
+    forecast and 2 where they are forecast but for some tokens (`forms[k]` has "tokens"); `coefficients[step][k]` then
+    weighs their anchors, newest first (empty at computed steps). `levels` are
     the timestep values the denoiser is called with, in order. FLOPs are those of one whole run of one stream.
     Where a `trigger` decides at run time, a 1 is a step that computes whatever it says, coefficients are empty, and
     `predictors` (one a site) make them when the anchors are known. `forms[k]` says how site k is forecast other than by

@@ -19,7 +19,7 @@ from dcc.capture import Call, Captured, bind, capture
 from dcc.errors import CaptureError, PositionError
 from dcc.guard import anchor_error, extra_step
 from dcc.lower import Program, Variant, lower
-from dcc.passes.base import Site, anchor_name, write_name
+from dcc.passes.base import STEP, Site, anchor_name, next_name, write_name
 from dcc.passes.graph import COEFFICIENTS
 from dcc.plan import Plan, is_full
 from dcc.predictors import newton
@@ -140,6 +140,9 @@ class CompiledDenoiser(DenoiserProxy):
                 self._bind_anchors(values, site, stream)
         if COEFFICIENTS in variant.inputs:
             values[COEFFICIENTS] = self._coefficients(weights, call)
+        values |= stream.states
+        if STEP in variant.inputs:
+            values[STEP] = self._number(step, call)
         inputs = [values[name] for name in variant.inputs]
         outputs = self.program(variant, call, inputs)(inputs)
         limit = self.plan.anchors + len(stream.extra)
@@ -149,6 +152,7 @@ class CompiledDenoiser(DenoiserProxy):
                 names = [write_name(site, index) for index in range(len(site.ports))]
                 if all(name in written for name in names):
                     stream.keep(site.name, step, tuple(written[name] for name in names), limit)
+        stream.states |= {state: written[next_name(state)] for state in variant.states}
         if written:
             self.sessions.weigh()
         return outputs[: variant.outputs]
@@ -302,6 +306,8 @@ class CompiledDenoiser(DenoiserProxy):
             int(new > old or not self._kept(family, stream, k))
             for k, (new, old) in enumerate(zip(reached, served, strict=True))
         )
+        planned = plan.schedule[min(max(round(step), 0), plan.steps - 1)]
+        row = tuple(near if not own and near != 1 else own for own, near in zip(row, planned, strict=True))
         if row not in family.variants:
             row = (1,) * len(row)
         stream.served = reached
@@ -346,6 +352,13 @@ class CompiledDenoiser(DenoiserProxy):
             _, tensors = kept[min(age, len(kept) - 1)]
             for index, tensor in enumerate(tensors):
                 values[anchor_name(site, index, age)] = tensor
+
+    def _number(self, step: float, call: Call) -> Tensor:
+        """The number of the step [1] int64 on the call's device, made once."""
+        key = (STEP, round(step), call.tensors[0].device)
+        if key not in self._tables:
+            self._tables[key] = torch.tensor([round(step)]).to(call.tensors[0].device)
+        return self._tables[key]
 
     def _coefficients(self, weights: tuple[tuple[float, ...], ...], call: Call) -> Tensor:
         """Coefficients [forecast selectors, batch, J] float32 on the call's device, made once for equal weights."""

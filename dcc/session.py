@@ -23,6 +23,7 @@ class Stream:
     served: list[int] = field(default_factory=list)  # per selector, at other noise levels than the plan's (mapping.due)
     extra: set[int] = field(default_factory=set)  # steps that the guard has computed besides the planned ones
     anchors: dict[str, list[tuple[float, tuple[Tensor, ...]]]] = field(default_factory=dict)
+    states: dict[str, Tensor] = field(default_factory=dict)  # of token selection, by the name of the graph input
     watch: Any = None  # a triggered.Watch, where the plan has a trigger
 
     def keep(self, site: str, step: float, values: tuple[Tensor, ...], limit: int) -> None:
@@ -43,6 +44,7 @@ class Stream:
         """Bytes of all anchors held."""
         watched = self.watch.bytes() if self.watch is not None else 0
         kept = [tensor for anchors in self.anchors.values() for _, values in anchors for tensor in values]
+        kept += self.states.values()
         return watched + sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 

@@ -17,9 +17,9 @@ from dcc.passes.base import Port, Site
 from dcc.passes.blocks import Block
 from dcc.passes.costs import Cost, costs
 from dcc.passes.dataflow import Dataflow
-from dcc.passes.graph import output_node
+from dcc.passes.graph import nodes_by_name, output_node
 from dcc.passes.levels import level_cut, levels, skip_cuts
-from dcc.passes.residual_stream import PRODUCTS, base_of, branches, op_name
+from dcc.passes.residual_stream import PRODUCTS, attention_output, base_of, branches, op_name
 from dcc.text import human_bytes, render
 
 RANGE = re.compile(r"^blocks\[(\d+):(\d+)\]$")
@@ -28,8 +28,10 @@ GROUPS = {
     "branches": "every branch output before its gate",
     "attn": "every attention branch output before its gate",
     "mlp": "every MLP branch output before its gate",
+    "joint": "every output of an attention and an MLP that one projection joins",
+    "heads": "every attention output before such a projection",
 }
-BRANCH_KINDS = {"branches": None, "attn": ("attn", "cross", "attn+mlp"), "mlp": ("mlp",)}
+BRANCH_KINDS = {"branches": None, "attn": ("attn", "cross", "attn+mlp"), "mlp": ("mlp",), "joint": ("attn+mlp",)}
 PROBE = "probe"  # kind of the sites that are looked at, not cached
 MIN_CUT = 0.05  # a concatenation that saves less is no skip connection worth a site
 
@@ -69,6 +71,9 @@ class Sites:
             site = self._range(name, int(match[1]), int(match[2]))
             if site is not None:
                 self.named[name] = site
+        if name not in self.named and name.endswith("/heads"):
+            if (site := _Finder(self).heads(name)) is not None:
+                self.named[name] = site
         if name not in self.named:
             near = difflib.get_close_matches(name, [*self.named, *GROUPS], n=4, cutoff=0.5)
             raise SiteError(
@@ -86,6 +91,8 @@ class Sites:
         elif name in BRANCH_KINDS:
             kinds = BRANCH_KINDS[name]
             found = tuple(s for s in self if "/" in s.name and (kinds is None or s.kind in kinds))
+        elif name == "heads":
+            found = tuple(self[f"{s.name.removesuffix('/attn+mlp')}/heads"] for s in list(self) if s.kind == "attn+mlp")
         else:
             return (self[name],)
         if not found:
@@ -248,6 +255,16 @@ class _Finder:
                 count = counts[branch.kind] = counts.get(branch.kind, 0) + 1
                 label = branch.kind if count == 1 else f"{branch.kind}.{count - 1}"
                 self.add(f"{unit.path}/{label}", branch.kind, [Port(branch.value.name)])
+
+    def heads(self, name: str) -> Site | None:
+        """What the attention gives to the projection that its branch shares with an MLP; found when first asked for."""
+        block = next((b for b in self.numbered if b.path == name.removesuffix("/heads")), None)
+        if block is None or f"{block.path}/attn+mlp" not in self.sites:
+            return None
+        nodes = nodes_by_name(self.graph_module)
+        value = nodes[self.sites[f"{block.path}/attn+mlp"].ports[0].out]
+        found = attention_output(value, block.nodes)
+        return self.site(name, "heads", [Port(found.name)]) if found is not None else None
 
     def saved(self, ports: list[Port]) -> int:
         return self.sites.flops - self.flow.flops(self.costs, ports)

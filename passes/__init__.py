@@ -10,10 +10,12 @@ from dcc.passes.insert_cache_reads import InsertCacheReads
 from dcc.passes.insert_cache_writes import InsertCacheWrites
 from dcc.passes.insert_forecasts import InsertForecasts
 from dcc.passes.insert_measures import InsertMeasures
+from dcc.passes.refresh_tokens import RefreshTokens
 
 PASSES: tuple[Pass, ...] = (
     DropAsserts(),  # first: an assertion counts as a use and would keep forecast-over work alive
     InsertCacheWrites(),  # before the reads: a residual's base may itself be replaced by a read
+    RefreshTokens(),  # before the reads: a refreshed value then becomes its forecast wherever it is named
     InsertCacheReads(),  # every use of a forecast site now reads its anchors
     InsertMeasures(),  # behind the reads: a drafted forecast that is compared with the truth is one more read
     InsertForecasts(),  # after all reads stand, so that Inductor sees plain arithmetic only

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
+STEP = "step"  # graph input [1] int64: the number of the sampler step
+
 
 @dataclass(frozen=True)
 class Port:
@@ -129,6 +131,21 @@ def look_name(look: Look) -> str:
 
 def _label(port: Port) -> str:
     return identifier(f"{port.out} {port.base or 'itself'}")
+
+
+def state_name(kind: str, site: str = "") -> str:
+    """Name of the graph input that holds state of a refresh, of one site or of the whole stream."""
+    return f"state_{kind}_{identifier(site)}".rstrip("_").lower()
+
+
+def next_name(state: str) -> str:
+    """Name of the graph output that carries what the state of this name becomes."""
+    return f"next_{state}"
+
+
+def state_of(name: str) -> str | None:
+    """The state whose next value the graph output of this name carries, None for other outputs."""
+    return name.removeprefix("next_") if name.startswith("next_state_") else None
 
 
 def identifier(text: str) -> str:

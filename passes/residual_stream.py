@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from dcc.passes.graph import is_tensor, same_shape, shape, sizes
+from dcc.passes.graph import carries_tensors, is_tensor, same_shape, shape, sizes
 
 aten = torch.ops.aten
 
@@ -77,6 +77,22 @@ def branches(node: Node, stop: set[str], inside: frozenset[str]) -> list[Branch]
             ungated = _before_gate(value)
             found.append(Branch(ungated, addition, _kind(ungated, stream, inside)))
     return sorted(found, key=lambda branch: branch.addition)
+
+
+def attention_output(value: Node, inside: frozenset[str]) -> Node | None:
+    """The attention's output [B, N, C] that a branch of attention and MLP projects together; None where it has none."""
+    todo, seen = [value], {value}
+    while todo and not op_name(todo[-1]).lstrip("_").startswith(ATTENTION):
+        found = [n for n in todo.pop().all_input_nodes if n.name in inside and n not in seen]
+        seen.update(found)
+        todo.extend(found)
+    node, best = todo[-1] if todo else None, None
+    while node is not None and op_name(node) != "cat":
+        if is_tensor(node) and len(shape(node)) == 3 and sizes(node)[:2] == sizes(value)[:2]:
+            best = node
+        users = [user for user in node.users if carries_tensors(user)]
+        node = users[0] if len(users) == 1 and op_name(users[0]) in SHAPE_CHANGES else None
+    return best
 
 
 def _walk(node: Node, stop: set[str]) -> list[Node]:

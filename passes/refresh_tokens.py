@@ -1,0 +1,206 @@
+"""Computes some tokens of forecast sites afresh, and keeps what that corrected for the forecasts that follow.
+
+    h = linear(x1, w); return (add(x1, h),)          # h is a site that the row forecasts, and refreshes at random
+-->
+    c is an input;  r = add(h, c);  i = top(random_score(step, r, 0), 0.25);  f = linear(gather(x1, i), w)
+    m = scatter(r, i, f);  return (add(x1, m), clone(sub(m, h)))
+
+`h` stands for the forecast: insert_cache_reads, which comes later, replaces it by the read. The correction c is what
+refreshes have changed since the site was computed, a tensor like the site; it starts at zero where the site is
+computed. It is the scatter of fresh tokens into the newest anchor of a copied forecast, and keeps the trend of all
+others. Other state: ages of tokens [B, N], K-means labels [B, N], how often a token was dropped [B, N]. All numbers of
+tokens are static and indices stay on the device. Refuses a site or a region whose nodes are not in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from dcc.kernels import select_tokens as tokens
+from dcc.passes.base import STEP, Pass, Refresh, Row, next_name, state_name
+from dcc.passes.graph import add_placeholder, insert_call, node_of, nodes_by_name, output_node, shape, sizes
+
+aten = torch.ops.aten
+
+
+class RefreshTokens(Pass):
+    """See the file's docstring."""
+
+    name: ClassVar[str] = "refresh_tokens"
+    after: ClassVar[tuple[str, ...]] = ("insert_cache_writes",)
+
+    def apply(self, graph_module: GraphModule, row: Row) -> int:
+        editor = _Editor(graph_module)
+        for refresh in row.refreshed:
+            for name in (refresh.site.ports[0].out, *refresh.nodes, *refresh.ends):
+                node_of(editor.nodes, name, self.name)
+        for refresh in sorted(row.refreshed, key=editor.value_of):
+            if refresh.decision == 1:
+                editor.start(refresh)
+            else:
+                editor.forecast(refresh)
+        noisy = [refresh for refresh in row.refreshed if refresh.select == "noise"]
+        if noisy:
+            editor.look_ahead(noisy[0])
+        return len(row.refreshed)
+
+
+class _Editor:
+    """One graph being edited. New calls are inserted before `here`, in execution order."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.graph_module = graph_module
+        self.nodes = nodes_by_name(graph_module)
+        self.output = output_node(graph_module)
+        self.here: Node = self.output
+        self.merged: dict[Node, Node] = {}  # a refreshed site's value, and what stands for it now
+        self.asked: tuple[Node, Node] | None = None  # scores and index that the output of the step before left
+
+    def value_of(self, refresh: Refresh) -> Node:
+        return self.nodes[refresh.site.ports[0].out]
+
+    def start(self, refresh: Refresh) -> None:
+        """A computed site: nothing is corrected yet, no token has aged, the tokens are clustered."""
+        self.here = self.output
+        out, name = self.value_of(refresh), refresh.site.name
+        self.keep(state_name("correction", name), self.call(aten.zeros_like.default, out))
+        if refresh.select == "norm":
+            self.keep(state_name("age", name), self.numbers(out, tokens.ages, out))
+        if refresh.leader == name:
+            labels = self.numbers(out, tokens.cluster, self.nodes[refresh.tokens], int(refresh.option("clusters")))
+            self.keep(state_name("labels", name), labels)
+
+    def forecast(self, refresh: Refresh) -> None:
+        """A forecast site, with what earlier refreshes corrected; and with fresh tokens where the row asks for them."""
+        out, state = self.value_of(refresh), state_name("correction", refresh.site.name)
+        users = list(out.users)
+        self.here = out.next
+        value = self.call(aten.add.Tensor, out, self.state(state, out.meta["val"]))
+        if refresh.decision == 2:
+            value = self.fresh(refresh, value)
+            self.keep(state, self.call(aten.sub.Tensor, value, out))
+        for user in users:
+            user.replace_input_with(out, value)
+        self.merged[out] = value
+
+    def fresh(self, refresh: Refresh, value: Node) -> Node:
+        """`value` with the chosen tokens computed."""
+        labels = None
+        if refresh.select == "cluster":
+            clusters = int(refresh.option("clusters"))
+            labels = self.state(state_name("labels", refresh.leader), self.per_token(value, torch.int64))
+            score = self.numbers(value, tokens.random_score, self.step(), value, refresh.salt)
+            index = self.index(value, clusters, tokens.one_a_cluster, score, labels, clusters)
+        elif refresh.select == "noise":
+            index = self.asked_for(refresh, value)
+        else:
+            index = self.top(refresh, value)
+        computed = self.copied(refresh, index)
+        if labels is not None and refresh.option("share"):
+            value = self.call(tokens.spread, value, labels, computed, refresh.option("share"))
+        return self.call(tokens.scatter, value, index, computed)
+
+    def top(self, refresh: Refresh, value: Node) -> Node:
+        """The tokens of largest score; by the norm, those that have waited longer score higher."""
+        count = tokens.count(refresh.ratio, sizes(value)[1])
+        if refresh.select == "random":
+            score = self.numbers(value, tokens.random_score, self.step(), value, refresh.salt)
+            return self.index(value, count, tokens.top, score, refresh.ratio)
+        name = state_name("age", refresh.site.name)
+        age = self.state(name, self.per_token(value, torch.float32))
+        score = self.numbers(value, tokens.norm_score, value, int(refresh.option("sign")))
+        score = self.call(tokens.aged, score, age, refresh.option("age"))
+        index = self.index(value, count, tokens.top, score, refresh.ratio)
+        self.keep(name, self.numbers(value, tokens.older, age, index))
+        return index
+
+    def asked_for(self, refresh: Refresh, value: Node) -> Node:
+        """The tokens that the output of the step before asked for, as the site counts its tokens."""
+        if self.asked is None:
+            here, output = self.here, self.output.args[0][0]
+            score = self.state(state_name("noise"), self.per_token(output, torch.float32))
+            self.here = score.next
+            while self.here.op == "placeholder":
+                self.here = self.here.next
+            count = tokens.count(refresh.ratio, sizes(output)[1])
+            self.asked = score, self.index(output, count, tokens.top, score, refresh.ratio)
+            self.here = here
+        score, index = self.asked
+        if refresh.last is None:
+            return index
+        count = sizes(index)[1] + sizes(value)[1] - sizes(score)[1]
+        return self.index(value, count, tokens.joined, index, score, value, refresh.last)
+
+    def look_ahead(self, refresh: Refresh) -> None:
+        """Scores the tokens of this call's output for the next step."""
+        self.here, output = self.output, self.output.args[0][0]
+        drops = self.numbers(output, tokens.ages, output)
+        if self.asked is not None:
+            state = self.state(state_name("drops"), self.per_token(output, torch.float32))
+            drops = self.numbers(output, tokens.dropped, state, self.asked[1])
+        self.keep(state_name("drops"), drops)
+        options = refresh.option("starvation"), int(refresh.option("sign"))
+        self.keep(state_name("noise"), self.numbers(output, tokens.noise_score, output, drops, *options))
+
+    def copied(self, refresh: Refresh, index: Node) -> Node:
+        """The site's value on the chosen tokens: a copy of its region, given those tokens of the values at its ends."""
+        ends = {self.merged.get(self.nodes[name], self.nodes[name]) for name in refresh.ends}
+        own: dict[Node, Node] = {}
+
+        def chosen(node: Node) -> Node:
+            if node in ends and node not in own:
+                own[node] = self.call(tokens.gather, node, index)
+            return own.get(node, node)
+
+        for name in refresh.nodes:
+            node = self.nodes[name]
+            args, kwargs = map_arg((node.args, node.kwargs), chosen)
+            own[node] = self.call(node.target, *args, **kwargs)
+        return own[self.value_of(refresh)]
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        with self.graph_module.graph.inserting_before(self.here):
+            return insert_call(self.graph_module, target, *args, **kwargs)
+
+    def numbers(self, value: Node, target: Callable[..., Any], *args: Any) -> Node:
+        """A call that gives a number a token of `value`."""
+        dtype = torch.int64 if target is tokens.cluster else torch.float32
+        return self._known(self.per_token(value, dtype), target, *args)
+
+    def index(self, value: Node, count: int, target: Callable[..., Any], *args: Any) -> Node:
+        """A call that gives an index of `count` tokens."""
+        return self._known(value.meta["val"].new_empty((shape(value)[0], count), dtype=torch.int64), target, *args)
+
+    def _known(self, val: Tensor, target: Callable[..., Any], *args: Any) -> Node:
+        """A call of known shape. It is not run on symbolic sizes, which its numbers of tokens would fix."""
+        with self.graph_module.graph.inserting_before(self.here):
+            node = self.graph_module.graph.call_function(target, args)
+        node.meta["val"] = val
+        return node
+
+    @staticmethod
+    def per_token(value: Node, dtype: torch.dtype) -> Tensor:
+        return value.meta["val"].new_empty(shape(value)[:2], dtype=dtype)
+
+    def state(self, name: str, val: Tensor) -> Node:
+        if name not in self.nodes:
+            like = torch.empty_like(val, memory_format=torch.contiguous_format)
+            self.nodes[name] = add_placeholder(self.graph_module, name, like)
+        return self.nodes[name]
+
+    def step(self) -> Node:
+        return self.state(STEP, self.output.args[0][0].meta["val"].new_empty((1,), dtype=torch.int64))
+
+    def keep(self, state: str, value: Node) -> None:
+        """Returns the next value of a state as an output: a contiguous copy, like a write."""
+        here, self.here = self.here, self.output
+        kept = self.call(aten.clone.default, value, memory_format=torch.contiguous_format)
+        kept.name = next_name(state)
+        self.output.args = ((*self.output.args[0], kept),)
+        self.here = here

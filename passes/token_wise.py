@@ -1,0 +1,169 @@
+"""Analysis: the part of a graph that acts on each token alone, so that it may run on some tokens only.
+
+    x1 = ...;  h = linear(gelu(linear(norm(x1) * scale + shift)));  x2 = x1 + gate * h
+
+The region of h ends at x1: to compute some tokens of h, take those tokens of x1 and run the four calls on them. A
+token is dimension 1 of a value [B, N, C...]. Proved node by node from the operators; no shape is trusted to be a token
+dimension that data flow does not show to be one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from dcc.passes.graph import is_tensor, same_shape, sizes
+from dcc.passes.residual_stream import SUMS, op_name
+
+WHOLE = 2**63 - 1  # the end of a slice that takes everything
+
+# Operators whose tensors are broadcast against each other, number by number.
+POINTWISE = frozenset(
+    {
+        "add", "sub", "mul", "div", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "pow", "square", "sin",
+        "cos", "erf", "gelu", "silu", "relu", "relu6", "leaky_relu", "sigmoid", "tanh", "softplus", "mish", "elu",
+        "hardswish", "hardsigmoid", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "where", "to", "_to_copy",
+        "clone", "contiguous", "detach", "alias", "dropout",
+    }
+)  # fmt: skip
+MATRIX = frozenset({"linear", "matmul"})  # tokens times a matrix that is the same for all of them
+NORMS = frozenset({"layer_norm", "rms_norm"})
+# Operators of one dimension, and where that stands among their arguments.
+ALONG = {
+    "chunk": 2, "split": 2, "split_with_sizes": 2, "slice": 1, "select": 1, "unbind": 1, "unsqueeze": 1, "squeeze": 1,
+    "cat": 1, "stack": 1, "unflatten": 1, "flatten": 1, "softmax": 1, "mean": 1, "sum": 1, "amax": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes that make a value, in graph order, and the values [B, N, C...] at which they take tokens from outside."""
+
+    nodes: tuple[str, ...]
+    ends: frozenset[str]
+
+
+def token_region(value: Node, ends: Collection[str]) -> Region | str:
+    """What makes `value` [B, N, C...] of the values named in `ends`, token by token; or the reason why nothing does."""
+    if not is_tensor(value) or len(sizes(value)) < 3 or sizes(value)[1] < 2:
+        return f"{value.name} is no value of shape [batch, tokens, channels] with two or more tokens"
+    tokens = sizes(value)[1]
+    inside: dict[str, Node] = {}
+    taken: set[str] = set()
+    todo = [value]
+    while todo:
+        node = todo.pop()
+        if node.name in inside or node.name in taken:
+            continue
+        if node is not value and (node.name in ends or node.op == "placeholder"):
+            taken.add(node.name)
+            continue
+        carriers = _carriers(node, tokens)
+        if isinstance(carriers, str):
+            return f"{node.name} ({op_name(node) or node.target}): {carriers}"
+        inside[node.name] = node
+        todo.extend(carriers)
+    return Region(tuple(node.name for node in sorted(inside.values())), frozenset(taken))
+
+
+def residual_ends(value: Node) -> tuple[set[str], Node | None]:
+    """Where the region of a branch ends: the values on the residual stream it is added to; and the first sum with it.
+
+    Empty, and None, where the value is added to no stream.
+    """
+    node = value
+    while True:
+        users = [user for user in node.users if is_tensor(user)]
+        addition = next((u for u in users if op_name(u) in SUMS and len(u.all_input_nodes) == 2), None)
+        if addition is not None and same_shape(addition, value):
+            break
+        if len(users) != 1 or op_name(users[0]) not in POINTWISE or sizes(users[0]) != sizes(value):
+            return set(), None
+        node = users[0]
+    ends: set[str] = set()
+    todo = [other for other in addition.all_input_nodes if other is not node]
+    while todo:
+        current = todo.pop()
+        if current.name not in ends and is_tensor(current) and same_shape(current, value):
+            ends.add(current.name)
+            todo.extend(current.all_input_nodes if op_name(current) in SUMS else [])
+    return ends, addition
+
+
+def _carriers(node: Node, tokens: int) -> list[Node] | str:
+    """Arguments of `node` that carry its tokens in dimension 1; or why one token of it needs more than that token."""
+    name = op_name(node)
+    if name == "getitem":
+        return [node.args[0]]
+    if name in POINTWISE:
+        if name == "dropout" and len(node.args) > 2 and node.args[2]:
+            return "is random"
+        return _aligned(node, tokens)
+    if name in MATRIX:
+        first, *others = node.all_input_nodes
+        if len(sizes(first)) < 3 or any(len(sizes(other)) > 2 for other in others):
+            return "is no product of tokens with one matrix"
+        return _carrying([first], tokens)
+    if name in NORMS:
+        first = node.args[0]
+        if len(node.args[1]) > len(sizes(first)) - 2:
+            return "normalises over tokens"
+        return _carrying([first], tokens)
+    if name in ("permute", "transpose"):
+        return _carrying([node.args[0]], tokens) if _keeps_tokens(node) else "moves the token dimension"
+    if name in ALONG:
+        return _along(node, name, tokens)
+    return "mixes tokens, or is not known to leave them apart"
+
+
+def _aligned(node: Node, tokens: int) -> list[Node] | str:
+    """Tensors of a pointwise call that carry tokens; those broadcast over them are used as they are."""
+    found = []
+    for other in node.all_input_nodes:
+        if not is_tensor(other):
+            return "takes a size"
+        if len(sizes(other)) > len(sizes(node)):
+            return f"{other.name} has more dimensions"
+        dimension = 1 - (len(sizes(node)) - len(sizes(other)))
+        if dimension < 0 or sizes(other)[dimension] == 1:
+            continue
+        if dimension == 0:
+            return f"{other.name} has a row a token, but no batch"
+        found.append(other)
+    return _carrying(found, tokens)
+
+
+def _along(node: Node, name: str, tokens: int) -> list[Node] | str:
+    many = name in ("cat", "stack")
+    tensors = list(node.args[0]) if many else [node.args[0]]
+    rank = len(sizes(tensors[0])) + (name in ("unsqueeze", "stack"))
+    position = ALONG[name]
+    default: Any = -1 if name == "softmax" else 0
+    dimension = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
+    if any(other not in tensors for other in node.all_input_nodes):
+        return "takes a size"
+    if name == "slice" and dimension in (0, 1) and list(node.args[2:]) in ([], [0], [0, WHOLE]):
+        return _carrying(tensors, tokens)
+    dimensions = [d % rank for d in (dimension if isinstance(dimension, list) else [dimension])]
+    if min(dimensions, default=0) < 2:
+        return "works along the tokens or the batch"
+    return _carrying(tensors, tokens)
+
+
+def _keeps_tokens(node: Node) -> bool:
+    """Whether batch and tokens stay dimensions 0 and 1."""
+    rank = len(sizes(node))
+    if op_name(node) == "permute":
+        return [d % rank for d in node.args[1]][:2] == [0, 1]
+    return min(d % rank for d in node.args[1:3]) >= 2
+
+
+def _carrying(found: list[Node], tokens: int) -> list[Node] | str:
+    """`found`, where each has the tokens in dimension 1."""
+    if not found:
+        return "is made of no value that carries the tokens"
+    other = next((n for n in found if len(sizes(n)) < 2 or sizes(n)[1] != tokens), None)
+    return f"{other.name} has no {tokens} tokens" if other is not None else found
