@@ -17,7 +17,7 @@ from dcc.errors import PolicyError
 from dcc.lower import Variant
 from dcc.passes.base import Look, Port, Row, Site, look_name, watch_name
 from dcc.passes.dataflow import Dataflow
-from dcc.passes.graph import nodes_by_name, output_node
+from dcc.passes.graph import nodes_by_name, output_node, symbols
 from dcc.passes.split_at import ancestors, prefix, suffix
 from dcc.plan import Plan, is_full
 from dcc.sites import Sites
@@ -90,7 +90,7 @@ class TriggerGraphs:
         names = [*self.handed, *self.captured.inputs.values(), *(p.out for p in self.ports.values())]
         names += [port.out for group in self.selected for site in group for port in site.ports]
         shapes = {name: self.nodes[name].meta["val"].shape for name in names if name in self.nodes}
-        return all(self.batched(n) or not any(self.batch in str(size) for size in s) for n, s in shapes.items())
+        return all(self.batched(n) or not any(self.batch in symbols(size) for size in s) for n, s in shapes.items())
 
     def looks(self, row: tuple[int, ...] | None) -> list[Measure]:
         """What is measured in a row, or, for None, before the decision."""

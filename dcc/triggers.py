@@ -403,4 +403,7 @@ def trigger_of(data: Mapping[str, Any]) -> Trigger:
     unknown = [name for name in data if name not in known | {"kind"}]
     if unknown:
         raise PolicyError(f"trigger {cls.kind!r} has no field {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items() if name != "kind"})
+    try:
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items() if name != "kind"})
+    except TypeError as error:
+        raise PolicyError(f"trigger {cls.kind!r}: {error}") from error

@@ -55,6 +55,11 @@ def shape(node: Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def symbols(size: Any) -> set[str]:
+    """Names of the symbols that a size is made of; none for a fixed one."""
+    return set() if isinstance(size, int) else {str(symbol) for symbol in size.node.expr.free_symbols}
+
+
 def output_node(graph_module: GraphModule) -> Node:
     """The graph's output node; its first argument is a flat tuple."""
     return next(iter(reversed(graph_module.graph.nodes)))
