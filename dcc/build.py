@@ -48,7 +48,7 @@ def row_flops(
     row: Sequence[int],
     forms: Sequence[dict[str, Any]] = (),
 ) -> int:
-    """FLOPs of one call that forecasts the sites that the row does not compute, and refreshes tokens where it says 2."""
+    """FLOPs of one call that forecasts the sites that the row does not compute, but for the tokens it refreshes."""
     forecast = [p for k, decision in enumerate(row) if decision != 1 for s in selected[k] for p in s.ports]
     return refresh_flops(flow, sites, forecast, refreshes(sites, selected, forms, row))
 

@@ -105,6 +105,16 @@ def region_of(sites: Sites, nodes: dict[str, Node], site: Site) -> tuple[Region,
     return region, addition or value
 
 
+def holds_output_tokens(sites: Sites, site: Site) -> bool:
+    """Whether the site has the tokens of the model's output, with or without others around them."""
+    graph_module = sites.captured.graph_module
+    try:
+        _output_last(nodes_by_name(graph_module), site, output_node(graph_module).args[0][0])
+    except PlanError:
+        return False
+    return True
+
+
 def refresh_flops(flow: Dataflow, sites: Sites, forecast: Sequence[Any], refreshed: Sequence[Refresh]) -> int:
     """FLOPs of one call: what forecasts leave to be computed, and the share of each refreshed region.
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from dcc.policies.base import Cached, Policy, Setting, between, method, whole
+from dcc.errors import PolicyError
+from dcc.policies.base import COPY, DEFAULT_SITE, Cached, Policy, Setting, between, every, method, whole
 from dcc.predictors import Predictor
+from dcc.refresh import holds_output_tokens
 from dcc.triggers import Coarsest, Verify
+
+if TYPE_CHECKING:
+    from dcc.passes.base import Site
 
 
 @method(
@@ -69,7 +76,211 @@ def mixcache(
     whole(2, interval=interval)
     whole(2, first=first)
     blocks = setting.numbered(2)
-    sites = ("stack", f"blocks[{blocks // 2}:{blocks}]")
+    sites = (setting.sites.default, f"blocks[{blocks // 2}:{blocks}]")
     mask = tuple(int(s < first) for s in range(setting.steps))
     trigger = Coarsest(sites, (float(threshold), float(block_threshold)), interval)
     return Policy(tuple(Cached(site, mask) for site in sites), trigger)
+
+
+@method(
+    "hybrid",
+    title="ToCa",
+    source="arXiv 2410.05317",
+    checked="C",
+    sites="attention and MLP branches",
+    trigger="every N-th step, more often towards the end; tokens by norm and age",
+    predictor="copy",
+    needs="MLPs that act on each token alone",
+)
+def toca(
+    setting: Setting,
+    *,
+    interval: int = 3,
+    ratio: float = 0.07,
+    first: int = 1,
+    select: str = "norm",
+    age_weight: float = 0.25,
+    sensitive: tuple[float, float] = (0.2, 0.4),
+) -> Policy:
+    """Between full steps copies attention outputs, and of each MLP computes the tokens of the highest score.
+
+    arXiv 2410.05317, repository Shenyi-Z/ToCa (DiT, 50 steps): a token scores by importance plus age_weight * age /
+    interval; the share of tokens is `ratio` times 2.5 for an MLP (0 for attention) times 1.8 in the first block to
+    0.2 in the last. The interval is divided by 0.6 in the first step to 1.4 in the last, and is 2 where the share of
+    steps left lies in `sensitive`. Importance is published as the attention that a token receives, which fused
+    attention does not give: here the norm of its cached value (select="norm"), or chance (select="random"). The
+    factor of the step, 1 on average, would need a variant a step and is left out, as is the bonus of the best token
+    of each 2x2 window.
+    """
+    between(0, 1, ratio=ratio)
+    mask = toca_mask(setting, interval, first, sensitive)
+    scored = _scored(select, age_weight / interval)
+    inner = tuple(v or (2 if ratio else 0) for v in mask)
+    return Policy(_by_tokens(setting, mask, inner, _ratios(setting, ratio, scored)))
+
+
+def toca_mask(setting: Setting, interval: int, first: int, sensitive: tuple[float, float]) -> tuple[int, ...]:
+    """The full steps of ToCa. The interval in force is set anew at each of them."""
+    whole(interval=interval, first=first)
+    low, high = sensitive
+    between(0, 1, low=low, high=high)
+    steps, due, mask = setting.steps, 0, []
+    for step in range(steps):
+        left = steps - 1 - step
+        mask.append(int(interval == 1 or step < first or step >= due))
+        if mask[-1]:
+            due = step + (2 if low * steps <= left < high * steps else toca_interval(interval, left, steps))
+    return tuple(mask)
+
+
+def toca_interval(interval: int, left: int, steps: int) -> int:
+    """ToCa's interval where `left` of `steps` steps are left."""
+    return round(interval / (1.4 - 0.8 * left / steps))
+
+
+@method(
+    "hybrid",
+    title="DuCa",
+    source="arXiv 2412.18911",
+    checked="C",
+    sites="attention and MLP branches, and the stack",
+    trigger="full, conservative and aggressive steps in turn; tokens by norm",
+    predictor="copy",
+    needs="MLPs that act on each token alone",
+)
+def duca(
+    setting: Setting,
+    *,
+    interval: int = 3,
+    ratio: float = 0.05,
+    first: int = 1,
+    select: str = "norm",
+    age_weight: float = 0.25,
+    site: str = DEFAULT_SITE,
+) -> Policy:
+    """A cycle of `interval` steps: a full one, then conservative (ToCa's) and aggressive ones (all blocks copied).
+
+    arXiv 2412.18911. Odd steps of the cycle are conservative, even ones copy what all blocks add, as the conservative
+    step before left it. Tokens of small norm come first (1 - ||v||), which needs no attention map. v is published as
+    the attention's value vector; here it is the branch's own cached value. `site` is what aggressive steps copy.
+    """
+    between(0, 1, ratio=ratio)
+    mask = every(setting, interval, first)
+    phase = [0] * setting.steps
+    for step in range(1, setting.steps):
+        phase[step] = 0 if mask[step] else phase[step - 1] + 1
+    inner = tuple(1 if p == 0 else 2 if p % 2 and ratio else 0 for p in phase)
+    caches = _by_tokens(setting, mask, inner, _ratios(setting, ratio, _scored(select, age_weight / interval)))
+    return Policy((Cached(site, tuple(int(p == 0 or p % 2 == 1) for p in phase)), *caches))
+
+
+@method(
+    "hybrid",
+    title="ClusCa",
+    source="arXiv 2509.10312",
+    checked="C",
+    sites="attention and MLP branches",
+    trigger="every N-th step; one token a cluster",
+    predictor="taylor",
+    needs="MLPs that act on each token alone",
+)
+def clusca(
+    setting: Setting, *, interval: int = 5, order: int = 1, first: int = 3, clusters: int = 16, share: float = 0.005
+) -> Policy:
+    """TaylorSeer on every branch, and in each MLP one random token of every cluster of tokens computed afresh.
+
+    arXiv 2509.10312, repository Shenyi-Z/Cache4Diffusion: K-means at full steps on the tokens behind the last block,
+    L1 distance; the other tokens of a cluster follow its fresh one by `share`. Published centres start from the last
+    ones and take up to 100 rounds; here they start from evenly spaced tokens and take 10, so that the graph is static.
+    Each set of tokens (image, text, both) is clustered by itself. Published code scatters fresh tokens under the trend
+    of the forecast; here a fresh token is what it is, and later forecasts add the trend to it.
+    """
+    whole(clusters=clusters)
+    between(0, 1, share=share)
+    mask = every(setting, interval, first)
+    forms = [
+        {"tokens": {"select": "cluster", "clusters": min(clusters, site.shapes[0][1]), "share": share}}
+        for site in _mlps(setting)
+    ]
+    return Policy(_by_tokens(setting, mask, tuple(v or 2 for v in mask), forms, Predictor("taylor", order)))
+
+
+@method(
+    "hybrid",
+    title="RAS",
+    source="arXiv 2502.10389",
+    checked="C",
+    sites="MLP branches and the output",
+    trigger="tokens by the spread of the output before; dense steps in between",
+    predictor="copy",
+    needs="MLPs that act on each token alone, and an output of tokens",
+)
+def ras(
+    setting: Setting,
+    *,
+    ratio: float = 0.5,
+    first: int = 4,
+    dense: Sequence[float] = (0.4, 0.733),
+    starvation: float = 0.1,
+    high: bool = False,
+) -> Policy:
+    """Gives a `ratio` of the image tokens to the denoiser; the others keep the noise predicted for them before.
+
+    arXiv 2502.10389, repository microsoft/RAS: tokens are chosen at the end of a step for the next one, by the standard
+    deviation of the output over its channels; the first steps and the shares `dense` of the run (steps 12 and 22 of 30)
+    compute all. The code keeps the largest deviations stale (high=False); high=True computes them. Its weight
+    exp(starvation * drops) would keep a dropped token dropped, against the paper's purpose; here its sign is the one
+    that brings it back, and drops are counted from the last dense step. Attention stays dense, so inactive tokens give
+    keys and values of their present state instead of cached ones; text tokens are always active.
+    """
+    between(0.01, 1, ratio=ratio)
+    between(0, 1, starvation=starvation, **{f"dense[{i}]": share for i, share in enumerate(dense)})
+    whole(first=first)
+    output = setting.sites["output"]
+    if len(output.shapes[0]) != 3:
+        raise PolicyError(f"ras needs an output [batch, tokens, channels]; this denoiser's is {list(output.shapes[0])}")
+    full = {round(share * setting.steps) for share in dense}
+    mask = tuple(1 if step < first or step in full or ratio == 1 else 2 for step in range(setting.steps))
+    form = {"tokens": {"select": "noise", "ratio": ratio, "starvation": starvation, "sign": 1 if high else -1}}
+    sites = [site for site in _mlps(setting) if holds_output_tokens(setting.sites, site)]
+    return Policy(tuple(Cached(site.name, mask, COPY, form) for site in (*sites, output)))
+
+
+def _mlps(setting: Setting) -> list[Site]:
+    """The MLPs of the transformer blocks, and the branches in which one is joined with attention."""
+    found = [site for site in setting.sites if site.kind in ("mlp", "attn+mlp")]
+    if not found:
+        raise PolicyError("this needs transformer blocks with an MLP branch, to compute some tokens of; there are none")
+    return found
+
+
+def _by_tokens(
+    setting: Setting,
+    attention: tuple[int, ...],
+    mlp: tuple[int, ...],
+    forms: list[dict[str, Any]],
+    predictor: Predictor = COPY,
+) -> tuple[Cached, ...]:
+    """Attention outputs under one mask, MLPs under another with a form each; a joint branch counts as both."""
+    mlps = _mlps(setting)
+    blocks = {site.name.rpartition("/")[0] for site in mlps}
+    heads = [f"{site.name.rpartition('/')[0]}/heads" for site in mlps if site.kind == "attn+mlp"]
+    beside = [s.name for s in setting.sites if s.kind in ("attn", "cross") and s.name.rpartition("/")[0] in blocks]
+    return (
+        *(Cached(name, attention, predictor) for name in (*beside, *heads)),
+        *(Cached(site.name, mlp, predictor, form) for site, form in zip(mlps, forms, strict=True)),
+    )
+
+
+def _ratios(setting: Setting, ratio: float, scored: dict[str, Any]) -> list[dict[str, Any]]:
+    """ToCa's form of each MLP: more tokens in the blocks in front. Nothing is refreshed at ratio 0."""
+    blocks = [site.name.rpartition("/")[0] for site in _mlps(setting)]
+    order = list(dict.fromkeys(blocks))
+    factors = [2.5 * (1.8 - 1.6 * order.index(block) / max(len(order) - 1, 1)) for block in blocks]
+    return [{"tokens": {**scored, "ratio": min(ratio * factor, 1.0)}} if ratio else {} for factor in factors]
+
+
+def _scored(select: str, age: float) -> dict[str, Any]:
+    if select not in ("norm", "random"):
+        raise PolicyError(f"select={select!r}; there are: norm, random")
+    return {"select": select, "sign": -1, "age": age} if select == "norm" else {"select": select}
