@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 from dcc.errors import PassError
 
 COEFFICIENTS = "coefficients"
+REPLACED = "dcc_forecast"  # meta of a node whose value is forecast: the node that stands for it
 
 
 def nodes_by_name(graph_module: GraphModule) -> dict[str, Node]:
@@ -24,6 +25,11 @@ def node_of(nodes: dict[str, Node], name: str, where: str) -> Node:
     if name not in nodes:
         raise PassError(f"{where}: the graph has no node {name!r}; the site belongs to another capture")
     return nodes[name]
+
+
+def current(node: Node) -> Node:
+    """The node that carries a value now: itself, or what forecasts it."""
+    return node.meta.get(REPLACED, node)
 
 
 def is_tensor(node: Node) -> bool:

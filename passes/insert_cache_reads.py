@@ -21,6 +21,7 @@ from dcc.kernels import combine
 from dcc.passes.base import Pass, Port, Row, Site, anchor_name, write_name
 from dcc.passes.graph import (
     COEFFICIENTS,
+    REPLACED,
     add_placeholder,
     in_graph_order,
     insert_call,
@@ -88,6 +89,7 @@ class InsertCacheReads(Pass):
             with graph_module.graph.inserting_after(value):
                 value = insert_call(graph_module, aten.add.Tensor, nodes[port.base], value)
         out.replace_all_uses_with(value, delete_user_cb=lambda user: user not in own_writes)
+        out.meta[REPLACED] = value
 
 
 def _ends_in(site: Site, name: str) -> list[int]:

@@ -22,7 +22,9 @@ from dcc.passes.base import Look, Pass, Port, Row, look_name, seen_name, watch_n
 from dcc.passes.graph import (
     COEFFICIENTS,
     add_placeholder,
+    current,
     insert_call,
+    is_tensor,
     node_of,
     nodes_by_name,
     output_node,
@@ -46,15 +48,15 @@ class InsertMeasures(Pass):
         values: dict[Port, Node] = {}
         with graph_module.graph.inserting_before(output):
             for port in row.watched:
-                value = node_of(nodes, port.out, self.name)
+                value = current(node_of(nodes, port.out, self.name))
                 if port.base is not None:
-                    base = node_of(nodes, port.base, self.name)
+                    base = current(node_of(nodes, port.base, self.name))
                     value = insert_call(graph_module, aten.sub.Tensor, value, base)
                 kept = insert_call(graph_module, aten.clone.default, value, memory_format=torch.contiguous_format)
                 kept.name = watch_name(port)
                 values[port] = value
                 extra.append(kept)
-            size = insert_call(graph_module, aten.sym_size.int, output.args[0][0], 0) if row.looks else None
+            size = insert_call(graph_module, aten.sym_size.int, _batched_input(graph_module), 0) if row.looks else None
         seen: dict[str, Node] = {}
         for look in row.looks:
             references = self._references(graph_module, look, values[look.port], row, seen)
@@ -94,3 +96,10 @@ class InsertMeasures(Pass):
             return add_placeholder(graph_module, COEFFICIENTS, value), rows
         table.meta["val"] = value
         return table, rows
+
+
+def _batched_input(graph_module: GraphModule) -> Node:
+    """A graph input that is as long as the output's batch; the output itself would keep the whole graph alive."""
+    output = output_node(graph_module).args[0][0]
+    inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder" and is_tensor(n) and shape(n)]
+    return next((n for n in inputs if str(shape(n)[0]) == str(shape(output)[0])), output)
