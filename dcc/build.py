@@ -36,9 +36,10 @@ def cost(plan: Plan, sites: Sites) -> Plan:
                         f"a step forecasts both {owner[out]!r} and {name!r}, which are one value; choose one"
                     )
     flow = Dataflow(sites.captured.graph_module)
-    flops = {row: row_flops(flow, sites, selected, row, plan.forms) for row in plan.rows}
+    forms = _used_forms(plan)
+    flops = {row: row_flops(flow, sites, selected, row, forms) for row in plan.rows}
     priced = with_costs(plan, flops, sum(site.bytes for group in selected for site in group))
-    return replace(priced, cache_bytes=priced.cache_bytes + state_bytes(selected, plan.forms))
+    return replace(priced, cache_bytes=priced.cache_bytes + state_bytes(selected, forms))
 
 
 def row_flops(
@@ -70,10 +71,15 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
             computed=tuple(s for k, d in enumerate(decisions) if d == 1 and cached[k] for s in selected[k]),
             forecast=tuple(selected[k] for k, d in enumerate(decisions) if d != 1),
             anchors=plan.anchors,
-            refreshed=refreshes(sites, selected, plan.forms, decisions),
+            refreshed=refreshes(sites, selected, _used_forms(plan), decisions),
         )
         variants[decisions] = variant(captured, row, f"row{index}", observer)
     return Family(captured, selected, variants)
+
+
+def _used_forms(plan: Plan) -> list[dict[str, Any]]:
+    """The plan's forms, empty for sites that every step computes."""
+    return [form if any(row[k] != 1 for row in plan.schedule) else {} for k, form in enumerate(plan.forms)]
 
 
 def _made(captured: Captured, observer: Observer, row: Row, name: str) -> Variant:
