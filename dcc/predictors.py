@@ -6,6 +6,7 @@ Every rule returns a vector a with forecast(step) = sum_j a[j] * A_j, where A_0 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,9 +30,16 @@ class Predictor:
     def __post_init__(self) -> None:
         if self.name not in RULES:
             raise PolicyError(f"unknown predictor {self.name!r}; there are: {', '.join(RULES)}")
-        low, high = (0, 0) if self.name == "copy" else (1, MAX_ORDER)
+        low, high = ORDERS.get(self.name, (1, MAX_ORDER))
         if not isinstance(self.order, int) or not low <= self.order <= high:
             raise PolicyError(f"order={self.order!r}: the {self.name} predictor takes an order from {low} to {high}")
+        known = _options(self.name)
+        for name, value in self.options:
+            if name not in known:
+                takes = ", ".join(known) or "none"
+                raise PolicyError(f"the {self.name} predictor has no option {name!r}; it takes: {takes}")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+                raise PolicyError(f"{name}={value!r}: an option of the {self.name} predictor is a finite number")
 
     @property
     def anchors(self) -> int:
@@ -64,7 +72,26 @@ class Predictor:
             raise PolicyError(f"a predictor needs name, order and options; got {data!r:.80}") from error
 
     def __str__(self) -> str:
-        return self.name if self.name == "copy" else f"{self.name} {self.order}"
+        text = self.name if ORDERS.get(self.name, (1, MAX_ORDER)) == (0, 0) else f"{self.name} {self.order}"
+        return " ".join([text, *(f"{name}={value:g}" for name, value in self.options)])
+
+
+@dataclass(frozen=True)
+class Switched:
+    """One predictor at the given steps, another at all others."""
+
+    chosen: Predictor
+    other: Predictor
+    steps: frozenset[int]
+
+    @property
+    def anchors(self) -> int:
+        """How many anchors the rules use at most."""
+        return max(self.chosen.anchors, self.other.anchors)
+
+    def coefficients(self, step: int, anchors: Sequence[float]) -> list[float]:
+        """Coefficients of the predictor whose turn it is."""
+        return (self.chosen if step in self.steps else self.other).coefficients(step, anchors)
 
 
 def copy(step: float, anchors: Sequence[float]) -> np.ndarray:
@@ -79,17 +106,23 @@ def taylor(step: float, anchors: Sequence[float]) -> np.ndarray:
     spacing only; the forecast is sum_i D^i k^i / i! with k = step - s_now. On uneven anchors this differs from the
     exact divided differences of `newton`, and at even spacing it is a damped version of them.
     """
-    size = len(anchors)
-    order = size - 1
-    history: list[np.ndarray] = []  # differences of order 0.. after each anchor, as rows over the anchors
-    for index in reversed(range(size)):
-        current = [np.eye(size)[index]]
-        for level in range(min(len(history), order)):
-            spacing = anchors[index] - anchors[index + 1]
-            current.append((current[level] - history[level]) / spacing)
-        history = current
+    return _sum(_differences(anchors), lambda i: (step - anchors[0]) ** i / math.factorial(i))
+
+
+def hermite(step: float, anchors: Sequence[float], sigma: float = 0.5) -> np.ndarray:
+    """HiCache (arXiv 2508.16984; repository fenglang918/HiCache): Taylor's differences on a scaled Hermite basis.
+
+    The forecast is D^0 + sum_i D^i h_i(k) / i! with h_i(k) = sigma^i H_i(sigma k) and H_i the physicists' Hermite
+    polynomials. At order 1 sigma = sqrt(1/2) is Taylor's form, and smaller ones damp it.
+    """
     k = step - anchors[0]
-    return sum((difference * (k**i / math.factorial(i)) for i, difference in enumerate(history)), np.zeros(size))
+
+    def basis(i: int) -> float:
+        if i == 0:
+            return 1.0
+        return sigma**i * float(np.polynomial.hermite.hermval(sigma * k, np.eye(i + 1)[i])) / math.factorial(i)
+
+    return _sum(_differences(anchors), basis)
 
 
 def newton(step: float, anchors: Sequence[float]) -> np.ndarray:
@@ -102,4 +135,102 @@ def newton(step: float, anchors: Sequence[float]) -> np.ndarray:
     return weights
 
 
-RULES: dict[str, Callable[..., np.ndarray]] = {"copy": copy, "taylor": taylor, "newton": newton}
+def adams_bashforth(step: float, anchors: Sequence[float]) -> np.ndarray:
+    """AB-Cache (arXiv 2504.10540): the newest output is a linear combination of those before it.
+
+    The paper's coefficients of order k are the signed binomials, 2 F0 - F1 for order 1, for the next step at even
+    spacing. The paper leaves forecasts several steps ahead of spread anchors open; here they are Newton's backward
+    form, (1 - shift)^-u cut at the order, u in units of the newest gap, which gives the binomials at u = 1.
+    """
+    size = len(anchors)
+    weights, factor = np.zeros(size), 1.0
+    u = (step - anchors[0]) / (anchors[0] - anchors[1] if size > 1 else 1.0)
+    for i in range(size):
+        weights[: i + 1] += factor * np.array([(-1) ** j * math.comb(i, j) for j in range(i + 1)])
+        factor *= (u + i) / (i + 1)
+    return weights
+
+
+def foca(step: float, anchors: Sequence[float]) -> np.ndarray:
+    """FoCa (arXiv 2508.16211): the feature as the solution of an ODE; a BDF2 prediction, then a Heun correction.
+
+    With h the newest gap and f h = (3 F0 - 4 F1 + F2) / 2, BDF2 predicts (7 F0 - 5 F1 + F2) / 3 one gap ahead; the
+    slope there is f again, so Heun's mean of both slopes gives F0 + f h = (5 F0 - 4 F1 + F2) / 2. k steps ahead it is
+    F0 + (k / h) f h, exact on a line. With fewer anchors, a line or a copy.
+    """
+    if len(anchors) < 3:
+        return newton(step, anchors)
+    u = (step - anchors[0]) / (anchors[0] - anchors[1])
+    return np.array([1.0 + 1.5 * u, -2.0 * u, 0.5 * u])
+
+
+def goc(step: float, anchors: Sequence[float], eta: float = 1.2) -> np.ndarray:
+    """Gradient-optimised cache (arXiv 2503.05156; repository qiujx0520/GOC_ICCV2025): F0 + eta (F0 - F1)."""
+    return np.array([1.0]) if len(anchors) < 2 else np.array([1.0 + eta, -eta])
+
+
+def bdf2(step: float, anchors: Sequence[float]) -> np.ndarray:
+    """4/3 F0 - 1/3 F1: one of HyCa's solvers (arXiv 2510.04188), a damped step; not exact on a line."""
+    return np.array([1.0]) if len(anchors) < 2 else np.array([4 / 3, -1 / 3])
+
+
+def midpoint(step: float, anchors: Sequence[float]) -> np.ndarray:
+    """3/2 F0 - 1/2 F1, half a step ahead: HyCa's Runge-Kutta 2 (arXiv 2510.04188)."""
+    return np.array([1.0]) if len(anchors) < 2 else np.array([1.5, -0.5])
+
+
+def adams_moulton(step: float, anchors: Sequence[float]) -> np.ndarray:
+    """HyCa's implicit solver (arXiv 2510.04188): F0 + 5/12 (P - F0) + 2/3 (F0 - F1) - 1/12 (F1 - F2), P = AB2's forecast.
+
+    P = 5/2 F0 - 2 F1 + 1/2 F2; with fewer than three anchors a line.
+    """
+    if len(anchors) < 3:
+        return newton(step, anchors)
+    forecast, f0, f1, f2 = np.array([2.5, -2.0, 0.5]), *np.eye(3)
+    return f0 + 5 / 12 * (forecast - f0) + 2 / 3 * (f0 - f1) - 1 / 12 * (f1 - f2)
+
+
+def zero(step: float, anchors: Sequence[float]) -> np.ndarray:
+    """Nothing: what is forecast is left out, as guidance is after a gate."""
+    return np.zeros(1)
+
+
+def scaled(step: float, anchors: Sequence[float], scale: float = 1.0) -> np.ndarray:
+    """The newest anchor times a constant."""
+    return np.array([scale])
+
+
+def _differences(anchors: Sequence[float]) -> list[np.ndarray]:
+    """TaylorSeer's differences after the newest anchor, of order 0 on, as rows over the anchors."""
+    size = len(anchors)
+    history: list[np.ndarray] = []
+    for index in reversed(range(size)):
+        current = [np.eye(size)[index]]
+        for level in range(min(len(history), size - 1)):
+            spacing = anchors[index] - anchors[index + 1]
+            current.append((current[level] - history[level]) / spacing)
+        history = current
+    return history
+
+
+def _sum(differences: Sequence[np.ndarray], factor: Callable[[int], float]) -> np.ndarray:
+    total = np.zeros(len(differences[0]))
+    for i, difference in enumerate(differences):
+        total = total + difference * factor(i)
+    return total
+
+
+def _options(name: str) -> list[str]:
+    return list(inspect.signature(RULES[name]).parameters)[2:]
+
+
+RULES: dict[str, Callable[..., np.ndarray]] = {
+    rule.__name__: rule
+    for rule in (
+        copy, taylor, newton, hermite, adams_bashforth, foca, goc, bdf2, midpoint, adams_moulton, zero, scaled,
+    )
+}  # fmt: skip
+ORDERS = {
+    "copy": (0, 0), "zero": (0, 0), "scaled": (0, 0), "goc": (1, 1), "bdf2": (1, 1), "midpoint": (1, 1), "foca": (2, 2),
+    "adams_moulton": (2, 2),
+}  # fmt: skip

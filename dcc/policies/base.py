@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dcc.errors import PolicyError
-from dcc.predictors import Predictor
+from dcc.predictors import Predictor, Switched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class Cached:
 
     site: str
     mask: tuple[int, ...]
-    predictor: Predictor = COPY
+    predictor: Predictor | Switched = COPY
     form: dict[str, Any] = field(default_factory=dict)
 
 

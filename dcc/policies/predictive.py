@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dcc.policies.base import DEFAULT_SITE, Cached, Policy, Setting, every, given_mask, method
-from dcc.predictors import Predictor
+from dcc.policies.base import COPY, DEFAULT_SITE, Cached, Policy, Setting, between, every, given_mask, listed, method
+from dcc.predictors import Predictor, Switched
 
 
 @method(
@@ -33,3 +33,106 @@ def taylorseer(
     """
     mask = every(setting, interval, first) if steps_mask is None else given_mask(setting, steps_mask)
     return Policy((Cached(site, mask, Predictor("taylor", order)),))
+
+
+@method(
+    "predictive",
+    title="TaylorSeer-Lite",
+    source="arXiv 2503.06923, repository Shenyi-Z/Cache4Diffusion",
+    checked="C",
+    sites="hidden: the value behind the last block",
+    trigger="every N-th step",
+    predictor="taylor",
+)
+def taylorseer_lite(setting: Setting, *, interval: int = 5, order: int = 2, first: int = 3) -> Policy:
+    """TaylorSeer on one value, the hidden state behind the last block; what follows it is computed at every step."""
+    return Policy((Cached(_hidden(setting), every(setting, interval, first), Predictor("taylor", order)),))
+
+
+@method(
+    "predictive",
+    title="HiCache",
+    source="arXiv 2508.16984",
+    checked="C",
+    sites="any; branches in the paper",
+    trigger="every N-th step",
+    predictor="hermite",
+)
+def hicache(
+    setting: Setting,
+    *,
+    interval: int = 5,
+    order: int = 2,
+    sigma: float = 0.5,
+    first: int = 3,
+    site: str = DEFAULT_SITE,
+) -> Policy:
+    """TaylorSeer's schedule, with its differences on Hermite polynomials scaled by `sigma`, which damps them.
+
+    arXiv 2508.16984, repository fenglang918/HiCache: order 2, sigma 0.5 (0.7 in its launcher).
+    """
+    between(0.0, 1.0, sigma=sigma)
+    rule = Predictor("hermite", order, (("sigma", float(sigma)),))
+    return Policy((Cached(site, every(setting, interval, first), rule),))
+
+
+@method(
+    "predictive",
+    title="AB-Cache",
+    source="arXiv 2504.10540",
+    checked="D",
+    sites="any; the raw output unless named",
+    trigger="every N-th step",
+    predictor="adams_bashforth",
+)
+def ab_cache(setting: Setting, *, interval: int = 3, order: int = 2, first: int = 3, site: str = "output") -> Policy:
+    """Adams-Bashforth's linear dependence of consecutive outputs, `order` differences deep (arXiv 2504.10540)."""
+    return Policy((Cached(site, every(setting, interval, first), Predictor("adams_bashforth", order)),))
+
+
+@method(
+    "predictive",
+    title="FoCa",
+    source="arXiv 2508.16211",
+    checked="C3",
+    sites="any",
+    trigger="every N-th step",
+    predictor="foca",
+)
+def foca(setting: Setting, *, interval: int = 5, first: int = 3, site: str = DEFAULT_SITE) -> Policy:
+    """A BDF2 prediction with a Heun correction from the last three computed steps (arXiv 2508.16211)."""
+    return Policy((Cached(site, every(setting, interval, first), Predictor("foca", 2)),))
+
+
+@method(
+    "predictive",
+    title="GOC",
+    source="arXiv 2503.05156",
+    checked="C",
+    sites="any; attention and MLP branches in the paper",
+    trigger="every N-th step, or listed steps",
+    predictor="goc",
+)
+def goc(
+    setting: Setting,
+    *,
+    interval: int = 2,
+    eta: float = 1.2,
+    gradient_steps: Sequence[int] | None = None,
+    site: str = "branches",
+) -> Policy:
+    """Forecasts F0 + eta (F0 - F1) at the `gradient_steps`, and copies at the other cached steps.
+
+    arXiv 2503.05156, repository qiujx0520/GOC_ICCV2025: eta 1.2 over FORA's schedule, at listed steps ({3, 5, 7, 9} of
+    20) before a model's inflection point; unless given, the cached steps of the first half.
+    """
+    between(0.0, 10.0, eta=eta)
+    mask = every(setting, interval)
+    chosen = range(setting.steps // 2) if gradient_steps is None else gradient_steps
+    listed(setting, list(chosen))
+    rule = Predictor("goc", 1, (("eta", float(eta)),))
+    return Policy((Cached(site, mask, Switched(rule, COPY, frozenset(chosen))),))
+
+
+def _hidden(setting: Setting) -> str:
+    return "hidden" if "hidden" in setting.sites else "output"
