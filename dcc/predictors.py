@@ -180,9 +180,9 @@ def midpoint(step: float, anchors: Sequence[float]) -> np.ndarray:
 
 
 def adams_moulton(step: float, anchors: Sequence[float]) -> np.ndarray:
-    """HyCa's implicit solver (arXiv 2510.04188): F0 + 5/12 (P - F0) + 2/3 (F0 - F1) - 1/12 (F1 - F2), P = AB2's forecast.
+    """HyCa's implicit solver (arXiv 2510.04188): F0 + 5/12 (P - F0) + 2/3 (F0 - F1) - 1/12 (F1 - F2).
 
-    P = 5/2 F0 - 2 F1 + 1/2 F2; with fewer than three anchors a line.
+    P = 5/2 F0 - 2 F1 + 1/2 F2 is the explicit forecast; with fewer than three anchors a line.
     """
     if len(anchors) < 3:
         return newton(step, anchors)

@@ -18,7 +18,7 @@ from dcc.passes.blocks import Block
 from dcc.passes.costs import Cost, costs
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import nodes_by_name, output_node
-from dcc.passes.levels import level_cut, levels, skip_cuts
+from dcc.passes.levels import level_cut, levels, skip_cuts, skip_pairs
 from dcc.passes.residual_stream import PRODUCTS, attention_output, base_of, branches, op_name
 from dcc.text import human_bytes, render
 
@@ -27,11 +27,21 @@ GROUPS = {
     "blocks": "the residual of each block, one site a block",
     "branches": "every branch output before its gate",
     "attn": "every attention branch output before its gate",
+    "self": "every self-attention branch output before its gate",
+    "cross": "every cross-attention branch output before its gate",
     "mlp": "every MLP branch output before its gate",
     "joint": "every output of an attention and an MLP that one projection joins",
     "heads": "every attention output before such a projection",
 }
-BRANCH_KINDS = {"branches": None, "attn": ("attn", "cross", "attn+mlp"), "mlp": ("mlp",), "joint": ("attn+mlp",)}
+BRANCH_KINDS = {
+    "branches": None,
+    "attn": ("attn", "cross", "attn+mlp"),
+    "self": ("attn",),
+    "cross": ("cross",),
+    "mlp": ("mlp",),
+    "joint": ("attn+mlp",),
+}
+AFTER = re.compile(r"^after:(\d+)$")
 PROBE = "probe"  # kind of the sites that are looked at, not cached
 MIN_CUT = 0.05  # a concatenation that saves less is no skip connection worth a site
 
@@ -46,7 +56,8 @@ class Sites:
     `<list>` (residual of one block list), `<list>.<i>` (residual of a block), `blocks[a:b]` (residual of blocks a to
     b-1 in execution order), `<block>/attn`, `<block>/cross`, `<block>/mlp` (branch output before its gate), `cut:k`
     (U-Net: the deep side of the k-th skip connection, 0 the outermost), `level:k` (U-Net: the cheapest cut below
-    resolution level k). Groups of sites: `blocks`, `branches`, `attn`, `mlp`.
+    resolution level k), `encoder` (U-Net: all that the decoder takes from the encoder), `after:i` (the value behind
+    block i, counted in execution order). Groups of sites: those of GROUPS.
     """
 
     captured: Captured
@@ -71,6 +82,8 @@ class Sites:
             site = self._range(name, int(match[1]), int(match[2]))
             if site is not None:
                 self.named[name] = site
+        if name not in self.named and (match := AFTER.match(name)) and int(match[1]) < len(self.order):
+            self.named[name] = _Finder(self).value_behind(name, self.order[int(match[1])])
         if name not in self.named and name.endswith("/heads"):
             if (site := _Finder(self).heads(name)) is not None:
                 self.named[name] = site
@@ -223,6 +236,10 @@ class _Finder:
         ]
         for index, name in enumerate(skips):
             self.add(f"cut:{index}", "cut", [Port(name)])
+        pairs = skip_pairs(self.graph_module, self.flow)
+        if len(pairs) > 1:  # the last pair is the innermost: its newer side is what the middle gives
+            taken = [older for _, older in pairs] + [pairs[-1][0]]
+            self.add("encoder", "cut", [Port(name) for name in dict.fromkeys(taken)])
         all_levels = levels(self.graph_module, self.costs)
         for level in range(1, len(all_levels)):
             names = level_cut(level, all_levels, self.flow, self.costs)
@@ -237,6 +254,11 @@ class _Finder:
             base = base_of(node, entering)
             ports.append(Port(node.name, base.name if base is not None else None))
         return self.site(name, "residual" if any(port.base for port in ports) else "value", ports) if ports else None
+
+    def value_behind(self, name: str, block: Block) -> Site:
+        """What leaves a block, as it is."""
+        leaving = block_analysis.leaving(self.graph_module, set(block.nodes), self.moving)
+        return self.site(name, "value", [Port(node.name) for node in leaving])
 
     def branches(self, block: Block) -> None:
         """Branches of the block and of the numbered blocks nested in it, named by kind in execution order."""

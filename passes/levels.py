@@ -39,13 +39,18 @@ def level_cut(level: int, all_levels: list[set[str]], flow: Dataflow, costs: Map
 
 def skip_cuts(graph_module: GraphModule, flow: Dataflow) -> list[str]:
     """Names of the newer operands of all skip connections, outermost (last executed) first."""
-    cuts = []
+    return [newer for newer, _ in skip_pairs(graph_module, flow)]
+
+
+def skip_pairs(graph_module: GraphModule, flow: Dataflow) -> list[tuple[str, str]]:
+    """Names of the newer and the older operand of all skip connections, outermost (last executed) first."""
+    pairs = []
     for node in graph_module.graph.nodes:
         operands = node.all_input_nodes if op_name(node) == "cat" else []
         if len(operands) == 2:
             a, b = (operand.name for operand in operands)
             if nx.has_path(flow.digraph, a, b):
-                cuts.append(b)
+                pairs.append((b, a))
             elif nx.has_path(flow.digraph, b, a):
-                cuts.append(a)
-    return cuts[::-1]
+                pairs.append((a, b))
+    return pairs[::-1]

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcc.errors import PolicyError
+import numpy as np
+
+from dcc.errors import PolicyError, SiteError
 from dcc.predictors import Predictor, Switched
 
 if TYPE_CHECKING:
@@ -85,6 +89,13 @@ class Setting:
     def score(self, policy: Policy) -> float:
         """Mean PSNR in dB of the final samples of the calibration prompts under another policy."""
         return self._given(self._score, "runs of the calibration prompts")(policy)
+
+    def has(self, site: str) -> bool:
+        """Whether the denoiser has a site or a group of this name."""
+        try:
+            return bool(self.sites.select(site))
+        except SiteError:
+            return False
 
     def numbered(self, stop: int | None = None) -> int:
         """How many blocks the denoiser has. Raises PolicyError where it has fewer than `stop`."""
@@ -170,6 +181,38 @@ def given_mask(setting: Setting, steps_mask: Sequence[int]) -> tuple[int, ...]:
     if not mask[0]:
         raise PolicyError("steps_mask must begin with 1: there is nothing to forecast the first step from")
     return tuple(int(v) for v in mask)
+
+
+def masked(setting: Setting, sites: Sequence[str], mask: Sequence[Sequence[int]] | str) -> Policy:
+    """Copies of `sites` under a mask of steps x sites, as nested lists or the path of a .json file that holds them.
+
+    Raises PolicyError for a file that cannot be read, a wrong shape, other values, or a first step that is not
+    computed.
+    """
+    if isinstance(mask, str):
+        try:
+            mask = json.loads(Path(mask).read_text())
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"mask={mask!r}: cannot be read as JSON: {error}") from error
+    table = [list(row) if isinstance(row, Sequence) else [row] for row in mask]
+    if len(table) != setting.steps or any(len(row) != len(sites) or set(row) - {0, 1} for row in table):
+        raise PolicyError(
+            f"mask must be {setting.steps} steps of {len(sites)} numbers 0 or 1, one a branch in execution order "
+            f"({sites[0]} ... {sites[-1]}); got {len(table)} rows of {sorted({len(row) for row in table})}"
+        )
+    if not all(table[0]):
+        raise PolicyError("mask must begin with a row of ones: there is nothing to copy at the first step")
+    columns = zip(*table, strict=True)
+    return Policy(tuple(Cached(site, tuple(map(int, column))) for site, column in zip(sites, columns, strict=True)))
+
+
+def distances(setting: Setting, site: str) -> np.ndarray:
+    """Relative L2 distance [anchor, step] of a site's values to those of the step, over all streams of the profile."""
+    profile = setting.profile
+    gram = profile.gram[:, profile.sites.index(site)].sum(0).numpy()
+    size = np.diag(gram)
+    squared = size[:, None] + size[None] - 2 * gram
+    return np.sqrt(np.maximum(squared, 0) / np.maximum(size[None], np.finfo(float).tiny))
 
 
 def whole(least: int = 1, /, **values: int) -> None:
