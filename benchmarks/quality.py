@@ -30,6 +30,7 @@ import torch
 import transformers
 import typer
 from baselines import baselines
+from methods import methods
 from peers import peers
 from rich.console import Console
 from rich.table import Table
@@ -88,7 +89,7 @@ class Measurement:
         self.subject = subject
         self.prompts, self.calib = dcc.demo.prompts("test")[:prompts], dcc.demo.prompts("calib")
         self.seeds = [SEED + index for index in range(len(self.prompts))]
-        self.reference = self._batches(None, {})
+        self.reference, _ = self._batches(None, {})
         self.flops = self._one_by_one(None, {}, self.prompts[:1], SEED)[1][0]
         self._tried: dict[tuple[str, Any], float] = {}  # speed-ups on calibration prompts
         self._reached: dict[tuple[str, str], dict[str, Any]] = {}  # a setting may be the answer to two budgets
@@ -144,11 +145,12 @@ class Measurement:
         if key in self._reached:
             return self._reached[key]
         with self._installed(contestant, parameters) as (pipe, changes):
-            if contestant.dynamic:
+            if contestant.dynamic and not contestant.shared:
                 images, counts = self._one_by_one(pipe, changes, self.prompts, SEED)
-            else:
+            else:  # dcc decides for every sample of a batch apart
                 _, counts = self._one_by_one(pipe, changes, self.prompts[:1], SEED)
-                images = self._batches(pipe, changes)
+                images, mean = self._batches(pipe, changes)
+                counts = [mean] * len(self.prompts) if contestant.dynamic else counts
         if not torch.isfinite(images.raw).all():
             raise DoesNotRun("gives values that are not finite")
         flops = statistics.mean(counts)
@@ -200,15 +202,14 @@ class Measurement:
             totals.append(sum(counts))
         return Samples.concatenate(images), totals
 
-    def _batches(self, pipe: Any, changes: dict[str, Any]) -> Samples:
-        """The images of all prompts, in batches."""
-        target = self.subject.target(pipe, changes)
-        return Samples.concatenate(
-            [
-                target.generate(self.prompts[at : at + BATCH], self.seeds[at : at + BATCH])
-                for at in range(0, len(self.prompts), BATCH)
-            ]
-        )
+    def _batches(self, pipe: Any, changes: dict[str, Any]) -> tuple[Samples, float]:
+        """The images of all prompts, in batches, and the mean FLOPs of a prompt."""
+        target, parts, total = self.subject.target(pipe, changes), [], 0
+        for at in range(0, len(self.prompts), BATCH):
+            with counted(target.module) as counts:
+                parts.append(target.generate(self.prompts[at : at + BATCH], self.seeds[at : at + BATCH]))
+            total += sum(counts)
+        return Samples.concatenate(parts), total / len(self.prompts)
 
     def _check_clean(self, contestant: Contestant) -> None:
         """Raises RuntimeError where a contestant left anything behind that changes the uncached pipeline."""
@@ -282,7 +283,7 @@ def load(name: str) -> dict[str, Any]:
 def run(name: str, prompts: int, only: str, refresh: bool) -> None:
     """Measures every contestant that has no row yet."""
     subject = Subject(name)
-    everyone = [*baselines(subject), *peers(subject)]
+    everyone = [*baselines(subject), *methods(subject), *peers(subject)]
     order = {contestant.name: index for index, contestant in enumerate(everyone)}
     kept = (row for row in load(name)["rows"] if row["weights"] == subject.weights and row["name"] in order)
     rows = {row["name"]: row for row in kept}

@@ -94,6 +94,23 @@ class Switched:
         return (self.chosen if step in self.steps else self.other).coefficients(step, anchors)
 
 
+@dataclass(frozen=True)
+class Table:
+    """Coefficients that were calibrated for every step, newest anchor first, for one schedule."""
+
+    values: tuple[tuple[float, ...], ...]
+
+    @property
+    def anchors(self) -> int:
+        """The most that any step uses."""
+        return max(map(len, self.values), default=1) or 1
+
+    def coefficients(self, step: int, anchors: Sequence[float]) -> list[float]:
+        """The step's own, or the newest anchor as it is where fewer anchors exist than it needs."""
+        own = list(self.values[step])
+        return own if 0 < len(own) <= len(anchors) else [1.0]
+
+
 def copy(step: float, anchors: Sequence[float]) -> np.ndarray:
     """The newest anchor as it is."""
     return np.eye(len(anchors))[0]

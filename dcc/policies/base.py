@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dcc.errors import PolicyError, SiteError
-from dcc.predictors import Predictor, Switched
+from dcc.predictors import Predictor, Switched, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ class Cached:
 
     site: str
     mask: tuple[int, ...]
-    predictor: Predictor | Switched = COPY
+    predictor: Predictor | Switched | Table = COPY
     form: dict[str, Any] = field(default_factory=dict)
 
 
@@ -189,12 +189,7 @@ def masked(setting: Setting, sites: Sequence[str], mask: Sequence[Sequence[int]]
     Raises PolicyError for a file that cannot be read, a wrong shape, other values, or a first step that is not
     computed.
     """
-    if isinstance(mask, str):
-        try:
-            mask = json.loads(Path(mask).read_text())
-        except (OSError, ValueError) as error:
-            raise PolicyError(f"mask={mask!r}: cannot be read as JSON: {error}") from error
-    table = [list(row) if isinstance(row, Sequence) else [row] for row in mask]
+    table = read_table(mask)
     if len(table) != setting.steps or any(len(row) != len(sites) or set(row) - {0, 1} for row in table):
         raise PolicyError(
             f"mask must be {setting.steps} steps of {len(sites)} numbers 0 or 1, one a branch in execution order "
@@ -206,10 +201,27 @@ def masked(setting: Setting, sites: Sequence[str], mask: Sequence[Sequence[int]]
     return Policy(tuple(Cached(site, tuple(map(int, column))) for site, column in zip(sites, columns, strict=True)))
 
 
+def read_table(table: Sequence[Sequence[float]] | str) -> list[list[float]]:
+    """Rows of a table given as nested lists or as the path of a .json file. Raises PolicyError for anything else."""
+    if isinstance(table, str):
+        try:
+            table = json.loads(Path(table).read_text())
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"mask={table!r}: cannot be read as JSON: {error}") from error
+    if not isinstance(table, Sequence) or not all(isinstance(row, Sequence) for row in table):
+        raise PolicyError("mask must be a list of rows, one a step, or the path of a .json file that holds one")
+    return [list(row) for row in table]
+
+
+def gram_of(setting: Setting, site: str) -> np.ndarray:
+    """Inner products [step, step] of a site's values, summed over all streams of the profile."""
+    profile = setting.profile
+    return profile.gram[:, profile.sites.index(site)].sum(0).numpy()
+
+
 def distances(setting: Setting, site: str) -> np.ndarray:
     """Relative L2 distance [anchor, step] of a site's values to those of the step, over all streams of the profile."""
-    profile = setting.profile
-    gram = profile.gram[:, profile.sites.index(site)].sum(0).numpy()
+    gram = gram_of(setting, site)
     size = np.diag(gram)
     squared = size[:, None] + size[None] - 2 * gram
     return np.sqrt(np.maximum(squared, 0) / np.maximum(size[None], np.finfo(float).tiny))

@@ -6,8 +6,22 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dcc.errors import PolicyError
-from dcc.policies.base import COPY, DEFAULT_SITE, Cached, Policy, Setting, between, every, method, whole
+from dcc.policies.base import (
+    COPY,
+    DEFAULT_SITE,
+    Cached,
+    Policy,
+    Setting,
+    between,
+    every,
+    gram_of,
+    listed,
+    method,
+    whole,
+)
 from dcc.predictors import Predictor
 from dcc.refresh import holds_output_tokens
 from dcc.triggers import Coarsest, Verify
@@ -288,3 +302,75 @@ def _scored(select: str, age: float) -> dict[str, Any]:
     if select not in (*signs, "random"):
         raise PolicyError(f"select={select!r}; there are: {', '.join(signs)}, random")
     return {"select": "norm", "sign": signs[select], "age": age} if select in signs else {"select": select}
+
+
+@method(
+    "hybrid",
+    title="OmniCache",
+    source="arXiv 2508.16212",
+    checked="D",
+    sites="stack",
+    trigger="calibrated: steps of highest curvature of the trajectory",
+    predictor="copy",
+    needs="profile",
+)
+def omnicache(setting: Setting, *, interval: int = 3, site: str = DEFAULT_SITE) -> Policy:
+    """Computes where the sampling trajectory bends most, one step in `interval` on the whole, spread over the run.
+
+    The curvature is the second difference of the raw output between steps, from the profile's Gram matrix, over its
+    norm; the run is cut into pieces of equal total curvature and the first step of each computes. The paper's
+    estimate of the noise that caching adds, and its filter, are left open by the source and out here.
+    """
+    whole(interval=interval)
+    gram, steps = gram_of(setting, "output"), setting.steps
+    bend = np.zeros(steps)
+    for s in range(1, steps - 1):
+        weights = np.zeros(steps)
+        weights[s - 1 : s + 2] = 1.0, -2.0, 1.0
+        bend[s] = math.sqrt(max(weights @ gram @ weights, 0.0) / max(gram[s, s], np.finfo(float).tiny))
+    total = np.cumsum(bend + bend.mean() / steps) if interval > 1 else np.arange(1.0, steps + 1)
+    bounds = np.linspace(0, total[-1], -(-steps // interval) + 1)[:-1]
+    nodes = sorted({int(np.searchsorted(total, bound, side="right")) for bound in bounds})
+    return Policy((Cached(site, listed(setting, [min(node, steps - 1) for node in nodes])),))
+
+
+@method(
+    "hybrid",
+    title="ProfilingDiT",
+    source="arXiv 2504.03140, repository GeekGuru123/ProfilingDiT",
+    checked="C",
+    sites="ranges of background blocks",
+    trigger="refresh steps",
+    predictor="copy",
+    needs="background blocks, or a profile",
+)
+def profiling_dit(
+    setting: Setting,
+    *,
+    background: Sequence[int] | None = None,
+    share: float = 0.5,
+    interval: int = 6,
+    first: int = 6,
+    refresh: Sequence[int] | None = None,
+) -> Policy:
+    """Caches what runs of `background` blocks add; foreground blocks are computed at every step.
+
+    Refreshes at every `interval`-th step after the `first` ones, or at the `refresh` steps. Which blocks draw the
+    background is read off attention maps in the paper; unless given, they are the `share` of blocks whose residual
+    changes least from step to step in the profile.
+    """
+    between(0.0, 1.0, share=share)
+    blocks = setting.numbered(2)
+    if background is None:
+        profile = setting.profile
+        change = [float(profile.neighbours[:, profile.sites.index(b.path)].mean()) for b in setting.sites.order]
+        background = sorted(range(blocks), key=change.__getitem__)[: max(1, round(share * blocks))]
+    bad = [index for index in background if not isinstance(index, int) or not 0 <= index < blocks]
+    if bad or not background:
+        raise PolicyError(f"background={list(background)!r}: name one block or more, from 0 to {blocks - 1}")
+    mask = every(setting, interval, first) if refresh is None else listed(setting, [*range(first), *refresh])
+    chosen = set(background)
+    starts = [index for index in sorted(chosen) if index - 1 not in chosen]
+    ends = [next(end for end in range(start, blocks + 1) if end not in chosen) for start in starts]
+    ranges = zip(starts, ends, strict=True)
+    return Policy(tuple(Cached(f"blocks[{start}:{end}]", mask) for start, end in ranges))

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from dcc.errors import PolicyError
-from dcc.policies.base import Cached, Policy, Setting, between, given_mask, method, whole
+from dcc.policies.base import (
+    DEFAULT_SITE,
+    Cached,
+    Policy,
+    Setting,
+    between,
+    distances,
+    given_mask,
+    masked,
+    method,
+    read_table,
+    whole,
+)
 from dcc.predictors import Predictor
 from dcc.triggers import Anchored, Codebook, Layerwise
 
@@ -101,7 +115,7 @@ def bwcache(setting: Setting, *, threshold: float = 0.15, reuse: float = 0.1) ->
 
     arXiv 2509.13789: mean relative L1 over all blocks below `threshold`; after the first reuse, the last half of the
     steps that were left then compute. All blocks are reused together, so one residual of the whole stack is kept
-    instead of every block's output: the same numbers in less memory, but relative to the present input.
+    instead of every block's output: less memory, and relative to the present input.
     """
     between(0, math.inf, threshold=threshold)
     between(0, 1, reuse=reuse)
@@ -109,7 +123,7 @@ def bwcache(setting: Setting, *, threshold: float = 0.15, reuse: float = 0.1) ->
     gap = 1 + max(1, round(reuse * setting.steps))
     sites = tuple(f"blocks[{i}:{i + 1}]" for i in range(blocks))
     trigger = Codebook(sites, (float(threshold),), (gap,), rate=False, residual=False, late=True)
-    return Policy((Cached("stack", tuple(int(s < 2) for s in range(setting.steps))),), trigger)
+    return Policy((Cached(DEFAULT_SITE, tuple(int(s < 2) for s in range(setting.steps))),), trigger)
 
 
 @method(
@@ -170,3 +184,170 @@ def dbprune(
     mask = tuple(int(s < warmup) for s in range(setting.steps))
     trigger = Layerwise(tuple(blocks), 1 + max_continuous, threshold=float(threshold))
     return Policy(tuple(Cached(path, mask) for path in blocks), trigger)
+
+
+@method(
+    "layer_adaptive",
+    title="Block Caching",
+    source="arXiv 2312.03209",
+    checked="D",
+    sites="each block on its own",
+    trigger="calibrated: accumulated change of the block",
+    predictor="copy",
+    needs="profile",
+)
+def block_caching(setting: Setting, *, delta: float = 0.3) -> Policy:
+    """Each block is computed again when its changes since it was last computed add up to more than `delta`.
+
+    Changes are the profile's relative L1 between neighbouring steps. The scale and shift that the paper trains per
+    block and step to hide artefacts are left out.
+    """
+    between(0.0, math.inf, delta=delta)
+    profile, caches = setting.profile, []
+    for site in setting.sites.select("blocks"):
+        change = profile.neighbours[:, profile.sites.index(site.name)].mean(0).tolist()
+        mask, total = [1], 0.0
+        for step in range(1, setting.steps):
+            total += change[step]
+            mask.append(int(total > delta))
+            total = 0.0 if mask[-1] else total
+        caches.append(Cached(site.name, tuple(mask)))
+    return Policy(tuple(caches))
+
+
+@method(
+    "layer_adaptive",
+    title="BAC",
+    source="arXiv 2506.13456",
+    checked="D",
+    sites="branches, each with steps of its own",
+    trigger="calibrated: the most similar steps for a number of updates",
+    predictor="copy",
+    needs="profile",
+)
+def bac(setting: Setting, *, interval: int = 3) -> Policy:
+    """Each branch gets a share of 1 / `interval` update steps, where copies differ least, by dynamic programming.
+
+    Minimises the sum of relative distances of every step to its last update. The paper joins update steps so that
+    errors of updated blocks do not surge in MLPs behind stale ones and leaves open which; here an MLP is updated
+    wherever attention of its own block is.
+    """
+    whole(interval=interval)
+    updates = -(-setting.steps // interval)
+    masks = {site.name: _placed(distances(setting, site.name), updates) for site in setting.sites.select("branches")}
+    for name, mask in masks.items():
+        block, _, kind = name.rpartition("/")
+        if kind.startswith("mlp"):
+            above = [other for key, other in masks.items() if key.startswith(f"{block}/attn")]
+            masks[name] = tuple(max(column) for column in zip(mask, *above, strict=True))
+    return Policy(tuple(Cached(name, mask) for name, mask in masks.items()))
+
+
+def _placed(distance: np.ndarray, updates: int) -> tuple[int, ...]:
+    """The mask with `updates` ones, the first step among them, that minimises the distances to the last one."""
+    steps = len(distance)
+    run = np.array([[distance[a, a:b].sum() if b > a else np.inf for b in range(steps + 1)] for a in range(steps)])
+    cost, came = run[0].copy(), [np.zeros(steps + 1, dtype=int)]
+    for _ in range(min(updates, steps) - 1):
+        options = cost[:steps, None] + run  # [last update, end]
+        came.append(options.argmin(0))
+        cost = options.min(0)
+    mask, end = [0] * steps, steps
+    for back in reversed(came):
+        end = int(back[end])
+        mask[end] = 1
+    return (1, *mask[1:])
+
+
+@method(
+    "layer_adaptive",
+    title="L2C",
+    source="arXiv 2406.01733, repository horseee/learning-to-cache",
+    checked="C",
+    sites="branches",
+    trigger="learned mask",
+    predictor="copy",
+    needs="a learned mask",
+)
+def l2c(setting: Setting, *, mask: Sequence[Sequence[float]] | str, threshold: float = 0.1) -> Policy:
+    """Runs a mask that Learning-to-Cache has trained: steps x branches, routers in [0, 1], reused above `threshold`.
+
+    Nested lists or the path of a .json file; branches in execution order.
+    """
+    return learned(setting, mask, lambda router: int(not router > threshold))
+
+
+@method(
+    "layer_adaptive",
+    title="HarmoniCa",
+    source="arXiv 2410.01723, repository ModelTC/HarmoniCa",
+    checked="C",
+    sites="branches",
+    trigger="learned mask",
+    predictor="copy",
+    needs="a learned mask",
+)
+def harmonica(setting: Setting, *, mask: Sequence[Sequence[float]] | str, threshold: float = 0.1) -> Policy:
+    """Runs a mask that HarmoniCa has trained along whole trajectories; routers as those of `l2c`."""
+    return learned(setting, mask, lambda router: int(not router > threshold))
+
+
+@method(
+    "layer_adaptive",
+    title="LazyDiT",
+    source="arXiv 2412.12444, repository shawnricecake/lazydit",
+    checked="C",
+    sites="branches",
+    trigger="learned mask",
+    predictor="copy",
+    needs="a learned mask",
+)
+def lazydit(setting: Setting, *, mask: Sequence[Sequence[float]] | str, threshold: float = 0.5) -> Policy:
+    """Runs the gates that LazyDiT has trained, as a table: steps x branches, computed from `threshold` on.
+
+    The trained gates look at each sample's input, one host read a branch; a table of their means over samples reads
+    none.
+    """
+    return learned(setting, mask, lambda gate: int(gate >= threshold))
+
+
+@method(
+    "layer_adaptive",
+    title="FEB-Cache",
+    source="arXiv 2503.07120, repository aSleepyTree/EB-Cache",
+    checked="C",
+    sites="attention and MLP branches",
+    trigger="a table: full, reuse attention, reuse both",
+    predictor="copy",
+)
+def feb_cache(setting: Setting, *, interval: int = 3, table: Sequence[int] | None = None) -> Policy:
+    """A table with 0 (compute), 1 (reuse attention) or 2 (reuse attention and MLPs) for each step.
+
+    The released table is for one model and data set; unless given, every `interval`-th step computes, the step before
+    it reuses attention only, and the others both. The scaling of the sampler's output against exposure bias is left
+    out.
+    """
+    whole(interval=interval)
+    steps = range(setting.steps)
+    rule = [0 if s % interval == 0 else 1 if s % interval == interval - 1 else 2 for s in steps]
+    chosen = rule if table is None else list(table)
+    if len(chosen) != setting.steps or set(chosen) - {0, 1, 2} or chosen[0] != 0:
+        raise PolicyError(f"table must be {setting.steps} numbers 0, 1 or 2, one a step, the first of them 0")
+    attention = tuple(int(value == 0) for value in chosen)
+    mlp = tuple(int(value != 2) for value in chosen)
+    groups = [("self", attention), ("heads", attention), ("cross", attention), ("mlp", mlp)]
+    caches = [Cached(site, mask) for site, mask in groups if setting.has(site)]
+    if not caches:
+        raise PolicyError("feb_cache needs branches on a residual stream; this denoiser shows none")
+    return Policy(tuple(caches))
+
+
+def learned(setting: Setting, mask: Sequence[Sequence[float]] | str, compute: Callable[[float], int]) -> Policy:
+    """The policy of a table of routers or gates, steps x branches; the first step computes whatever it says."""
+    sites = [site.name for site in setting.sites.select("branches")]
+    table = read_table(mask)
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for row in table for v in row):
+        raise PolicyError("mask must hold numbers only")
+    return masked(
+        setting, sites, [[1] * len(row) if s == 0 else list(map(compute, row)) for s, row in enumerate(table)]
+    )

@@ -8,8 +8,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from dcc.errors import PolicyError
-from dcc.policies.base import DEFAULT_SITE, Cached, Policy, Setting, between, forced, method, whole
-from dcc.predictors import Predictor
+from dcc.policies.base import (
+    DEFAULT_SITE,
+    Cached,
+    Policy,
+    Setting,
+    between,
+    distances,
+    every,
+    forced,
+    gram_of,
+    method,
+    whole,
+)
+from dcc.predictors import Predictor, Table
 from dcc.triggers import Accumulate, AlignedProbe, Anchored, TransformRate
 
 
@@ -119,3 +131,124 @@ def easycache(setting: Setting, *, threshold: float = 0.05, first: int = 5) -> P
     if "delta" not in setting.sites:
         raise PolicyError("easycache needs an output shaped like the latent (site 'delta'); this denoiser has none")
     return Policy((Cached("delta", forced(setting, first)),), TransformRate(float(threshold)))
+
+
+@method(
+    "timestep_adaptive",
+    title="MagCache",
+    source="arXiv 2506.09045, repository Zehong-Ma/MagCache",
+    checked="C",
+    sites="stack",
+    trigger="calibrated magnitude ratios, accumulated on the host",
+    predictor="copy",
+    needs="ratios, or a profile",
+)
+def magcache(
+    setting: Setting,
+    *,
+    threshold: float = 0.06,
+    max_skip: int = 3,
+    retention_ratio: float = 0.2,
+    ratios: Sequence[float] | None = None,
+    forbidden: Sequence[int] = (),
+    strict: bool = False,
+    site: str = DEFAULT_SITE,
+) -> Policy:
+    """Copies the residual while the drift of its magnitude, known from calibration, stays within `threshold`.
+
+    Multiplies the ratios |r_s| / |r_{s-1}| since the last computed step, adds up |1 - product|, and forecasts while the
+    sum is at most `threshold` (below it if `strict`) for at most `max_skip` steps; the first `retention_ratio` of the
+    steps and the `forbidden` ones compute. `ratios` are one a step (the first is not used), or one less; for another
+    number of steps the nearest are taken. Without them they are those of the norms in the profile, where the paper
+    averages the ratios of single tokens. All of it is known before the run: a static mask. Defaults of diffusers' hook.
+    """
+    between(0.0, math.inf, threshold=threshold)
+    between(0.0, 1.0, retention_ratio=retention_ratio)
+    whole(0, max_skip=max_skip)
+    if ratios is None:
+        sizes = np.sqrt(np.diag(gram_of(setting, setting.sites.default if site == DEFAULT_SITE else site)))
+        ratios = [1.0, *(sizes[1:] / np.maximum(sizes[:-1], np.finfo(float).tiny))]
+    curve = [1.0, *ratios] if len(ratios) == setting.steps - 1 else list(ratios)
+    if not curve or not all(isinstance(r, (int, float)) and math.isfinite(r) for r in curve):
+        raise PolicyError(f"ratios must be finite numbers, one a step; got {len(curve)} of them")
+    if len(curve) != setting.steps:
+        nearest = np.linspace(0, len(curve) - 1, setting.steps).round().astype(int)
+        curve = [curve[index] for index in nearest]
+    retained, mask = int(retention_ratio * setting.steps), []
+    product, drift, skipped = 1.0, 0.0, 0
+    for step, ratio in enumerate(curve):
+        if step == 0 or step < retained:
+            mask.append(1)
+            continue
+        product, skipped = product * ratio, skipped + 1
+        drift += abs(1.0 - product)
+        within = drift < threshold if strict else drift <= threshold
+        mask.append(int(not (within and threshold > 0 and skipped <= max_skip) or step in forbidden))
+        if mask[-1]:
+            product, drift, skipped = 1.0, 0.0, 0
+    return Policy((Cached(site, tuple(mask)),))
+
+
+@method(
+    "timestep_adaptive",
+    title="ERTACache",
+    source="arXiv 2508.21091",
+    checked="D",
+    sites="delta: output minus latent",
+    trigger="calibrated: error of a copy within a bound",
+    predictor="copy, scaled per step",
+    needs="profile",
+)
+def ertacache(setting: Setting, *, threshold: float = 0.1) -> Policy:
+    """Copies output minus latent at the steps where calibration found the error below `threshold`, rescaled.
+
+    The error is the relative distance to the last computed step (L2, which the profile holds, where the paper takes
+    L1). The paper corrects a copy by an affine map fitted in closed form; here by its scale alone, the least-squares
+    one of each step, which is a coefficient. The correction of the sampler's step size is left out: it changes the
+    sampler.
+    """
+    between(0.0, math.inf, threshold=threshold)
+    if "delta" not in setting.sites:
+        raise PolicyError("ertacache needs an output shaped like the latent (site 'delta'); this denoiser has none")
+    gram, distance = gram_of(setting, "delta"), distances(setting, "delta")
+    mask, values, anchor = [], [], 0
+    for step in range(setting.steps):
+        mask.append(int(step == 0 or not distance[anchor, step] < threshold))
+        anchor = step if mask[-1] else anchor
+        values.append(() if mask[-1] else (float(gram[anchor, step] / gram[anchor, anchor]),))
+    return Policy((Cached("delta", tuple(mask), Table(tuple(values))),))
+
+
+@method(
+    "timestep_adaptive",
+    title="TaoCache",
+    source="arXiv 2508.08978",
+    checked="D",
+    sites="output",
+    trigger="every N-th step late in the run",
+    predictor="increments scaled by calibrated cosine and norm ratio",
+    needs="profile",
+)
+def taocache(setting: Setting, *, interval: int = 3, start: float = 0.3) -> Policy:
+    """Forecasts the output's increment from the last one, by how increments turned and shrank in calibration.
+
+    The forecast is F0 + c (F0 - F1) with c the cosine times the norm ratio of the two increments in the profile's Gram
+    matrix. The paper aims at late, consecutive steps: those before the `start` share compute, after them every
+    `interval`-th; its own schedule and window are open.
+    """
+    whole(interval=interval)
+    between(0.0, 1.0, start=start)
+    first = max(2, round(start * setting.steps))
+    mask, gram = every(setting, interval, first), gram_of(setting, "output")
+    values, anchors = [], []
+    for step, full in enumerate(mask):
+        values.append(() if full else (1.0 + _turn(gram, step, *anchors[:2]), -_turn(gram, step, *anchors[:2])))
+        anchors = [step, *anchors] if full else anchors
+    return Policy((Cached("output", mask, Table(tuple(values))),))
+
+
+def _turn(gram: np.ndarray, step: int, newest: int, before: int) -> float:
+    """<F_s - F_a, F_a - F_b> / |F_a - F_b|^2 for the step s and the anchors a and b before it."""
+    product = gram[step, newest] - gram[step, before] - gram[newest, newest] + gram[newest, before]
+    square = gram[newest, newest] + gram[before, before] - 2 * gram[newest, before]
+    return float(product / square) if square > 0 else 0.0
