@@ -155,45 +155,57 @@ def newton(step: float, anchors: Sequence[float]) -> np.ndarray:
 def adams_bashforth(step: float, anchors: Sequence[float]) -> np.ndarray:
     """AB-Cache (arXiv 2504.10540): the newest output is a linear combination of those before it.
 
-    The paper's coefficients of order k are the signed binomials, 2 F0 - F1 for order 1, for the next step at even
-    spacing. The paper leaves forecasts several steps ahead of spread anchors open; here they are Newton's backward
-    form, (1 - shift)^-u cut at the order, u in units of the newest gap, which gives the binomials at u = 1.
+    At even spacing the next step has the signed binomials, 2 F0 - F1 at order 1 and 3 F0 - 3 F1 + F2 at order 2. The
+    paper leaves forecasts several steps ahead of uneven anchors open; here they are the polynomial through the
+    anchors, which is what the binomials evaluate one gap ahead. So this is `newton` by the paper's name.
     """
-    size = len(anchors)
-    weights, factor = np.zeros(size), 1.0
-    u = (step - anchors[0]) / (anchors[0] - anchors[1] if size > 1 else 1.0)
-    for i in range(size):
-        weights[: i + 1] += factor * np.array([(-1) ** j * math.comb(i, j) for j in range(i + 1)])
-        factor *= (u + i) / (i + 1)
-    return weights
+    return newton(step, anchors)
 
 
 def foca(step: float, anchors: Sequence[float]) -> np.ndarray:
     """FoCa (arXiv 2508.16211): the feature as the solution of an ODE; a BDF2 prediction, then a Heun correction.
 
-    With h the newest gap and f h = (3 F0 - 4 F1 + F2) / 2, BDF2 predicts (7 F0 - 5 F1 + F2) / 3 one gap ahead; the
-    slope there is f again, so Heun's mean of both slopes gives F0 + f h = (5 F0 - 4 F1 + F2) / 2. k steps ahead it is
-    F0 + (k / h) f h, exact on a line. With fewer anchors, a line or a copy.
+    The slope f at the newest anchor is BDF2's, that of the parabola through three anchors: at even spacing h it is
+    (3 F0 - 4 F1 + F2) / 2h. BDF2 then predicts the value whose own slope is f again, (7 F0 - 5 F1 + F2) / 3 one gap
+    ahead, so Heun's mean of both slopes is f, and the corrected value k steps ahead is F0 + k f: one gap ahead
+    (5 F0 - 4 F1 + F2) / 2. Exact on a line at any spacing. With fewer anchors, a line or a copy.
     """
     if len(anchors) < 3:
         return newton(step, anchors)
-    u = (step - anchors[0]) / (anchors[0] - anchors[1])
-    return np.array([1.0 + 1.5 * u, -2.0 * u, 0.5 * u])
+    new, old = anchors[0] - anchors[1], anchors[1] - anchors[2]
+    slope = np.array([1 / new + 1 / (new + old), -1 / new - 1 / old, new / (old * (new + old))])
+    return np.eye(3)[0] + (step - anchors[0]) * slope
+
+
+def momentum(step: float, anchors: Sequence[float], beta: float = 0.5) -> np.ndarray:
+    """FeMo (openreview ih1oyr0j6y): the trend is a running mean of the slopes between anchors, not high derivatives.
+
+    The paper's coefficients are not public; here a slope weighs `beta` times the next newer one, and the order is the
+    number of slopes. Exact on a line at any spacing.
+    """
+    slopes = -np.diff(np.eye(len(anchors)), axis=0) / -np.diff(anchors)[:, None]
+    weights = beta ** np.arange(len(slopes))
+    return np.eye(len(anchors))[0] + (step - anchors[0]) * (weights @ slopes) / max(weights.sum(), 1.0)
 
 
 def goc(step: float, anchors: Sequence[float], eta: float = 1.2) -> np.ndarray:
     """Gradient-optimised cache (arXiv 2503.05156; repository qiujx0520/GOC_ICCV2025): F0 + eta (F0 - F1)."""
-    return np.array([1.0]) if len(anchors) < 2 else np.array([1.0 + eta, -eta])
+    return _leaning(anchors, eta)
+
+
+def extrapolate(step: float, anchors: Sequence[float], weight: float = 0.3) -> np.ndarray:
+    """FasterCache's attention (arXiv 2410.19355; repository Vchitect/FasterCache): F0 + weight (F0 - F1)."""
+    return _leaning(anchors, weight)
 
 
 def bdf2(step: float, anchors: Sequence[float]) -> np.ndarray:
     """4/3 F0 - 1/3 F1: one of HyCa's solvers (arXiv 2510.04188), a damped step; not exact on a line."""
-    return np.array([1.0]) if len(anchors) < 2 else np.array([4 / 3, -1 / 3])
+    return _leaning(anchors, 1 / 3)
 
 
 def midpoint(step: float, anchors: Sequence[float]) -> np.ndarray:
     """3/2 F0 - 1/2 F1, half a step ahead: HyCa's Runge-Kutta 2 (arXiv 2510.04188)."""
-    return np.array([1.0]) if len(anchors) < 2 else np.array([1.5, -0.5])
+    return _leaning(anchors, 1 / 2)
 
 
 def adams_moulton(step: float, anchors: Sequence[float]) -> np.ndarray:
@@ -215,6 +227,11 @@ def zero(step: float, anchors: Sequence[float]) -> np.ndarray:
 def scaled(step: float, anchors: Sequence[float], scale: float = 1.0) -> np.ndarray:
     """The newest anchor times a constant."""
     return np.array([scale])
+
+
+def _leaning(anchors: Sequence[float], weight: float) -> np.ndarray:
+    """F0 + weight (F0 - F1), however far ahead; the newest anchor as it is where there is no other."""
+    return np.array([1.0]) if len(anchors) < 2 else np.array([1.0 + weight, -weight])
 
 
 def _differences(anchors: Sequence[float]) -> list[np.ndarray]:
@@ -244,10 +261,11 @@ def _options(name: str) -> list[str]:
 RULES: dict[str, Callable[..., np.ndarray]] = {
     rule.__name__: rule
     for rule in (
-        copy, taylor, newton, hermite, adams_bashforth, foca, goc, bdf2, midpoint, adams_moulton, zero, scaled,
+        copy, taylor, newton, hermite, adams_bashforth, foca, momentum, goc, extrapolate, bdf2, midpoint,
+        adams_moulton, zero, scaled,
     )
 }  # fmt: skip
 ORDERS = {
-    "copy": (0, 0), "zero": (0, 0), "scaled": (0, 0), "goc": (1, 1), "bdf2": (1, 1), "midpoint": (1, 1), "foca": (2, 2),
-    "adams_moulton": (2, 2),
+    "copy": (0, 0), "zero": (0, 0), "scaled": (0, 0), "goc": (1, 1), "extrapolate": (1, 1), "bdf2": (1, 1),
+    "midpoint": (1, 1), "foca": (2, 2), "adams_moulton": (2, 2),
 }  # fmt: skip
