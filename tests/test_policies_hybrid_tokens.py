@@ -149,16 +149,18 @@ def run(request):
     pipe.set_progress_bar_config(disable=True)
     call = {**dcc.demo.settings(name), "num_inference_steps": STEPS}
 
-    def image():
-        return pipe(PROMPT, generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
+    def image(steps=STEPS):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(PROMPT, generator=generator, output_type="pt", **{**call, "num_inference_steps": steps}).images
 
     expected = image()
 
-    def run(policy, **parameters):
+    def run(policy, watch=lambda net: None, steps=STEPS, **parameters):
         dcc.compile(pipe, [PROMPT], policy=policy, backend="eager", **parameters, **call)
         try:
             net = getattr(pipe, "transformer", None) or pipe.unet
-            first, again = image(), image()
+            watch(net)
+            first, again = image(steps), image(steps)
             assert torch.equal(first, again)  # no state of one generation reaches the next
             return first, net
         finally:
@@ -176,12 +178,12 @@ def psnr(image, expected):
 @pytest.mark.parametrize(
     ("policy", "parameters", "floors"),
     [
-        ("toca", {}, (31, 33)),
-        ("toca", {"select": "random", "ratio": 0.3}, (31, 33)),
-        ("duca", {}, (31, 31)),
-        ("duca", {"interval": 4, "first": 3, "ratio": 0.2}, (31, 33)),
-        ("clusca", {"interval": 3}, (36, 33)),
-        ("clusca", {"interval": 3, "order": 2, "share": 0.0}, (36, 33)),
+        ("toca", {}, (41, 38.5)),
+        ("toca", {"select": "random", "ratio": 0.3}, (39.7, 38)),
+        ("duca", {}, (37, 31.8)),
+        ("duca", {"interval": 4, "first": 3, "ratio": 0.2}, (37.2, 35.3)),
+        ("clusca", {"interval": 3}, (51, 36.7)),
+        ("clusca", {"interval": 3, "order": 2, "share": 0.0}, (51, 35.7)),
     ],
 )
 def test_images_stay_near_and_work_is_saved(run, policy, parameters, floors):
@@ -206,8 +208,8 @@ def test_ras_where_the_output_has_tokens(run):
             run("ras")
         return
     image, net = run("ras")
-    assert psnr(image, run.expected) > 30
-    assert net.plan.speedup > 1.15
+    assert psnr(image, run.expected) > 41.5
+    assert net.plan.speedup > 1.1
     assert net.sessions.counts.missed == 0
     assert not any(name.endswith("/mlp.1") for name in net.plan.sites)  # text alone: always active
     assert torch.equal(run("ras", ratio=1)[0], run.expected)
@@ -222,6 +224,19 @@ def test_ras_with_all_tokens_is_the_original_to_rounding(run):
     image, net = run("ras", ratio=0.999)
     assert sum(net.plan.steps_mask) < STEPS
     assert psnr(image, run.expected) > 90
+
+
+def test_another_step_count_keeps_the_tokens(run):
+    """A plan for 12 steps at 9: the calls in between anchors still compute some tokens."""
+    partial = []
+
+    def watch(net):
+        whole, net.__dict__["run"] = net.run, lambda *a: partial.append(a[3]) or whole(*a)
+
+    image, net = run("toca", watch=watch, steps=9)
+    assert net.sessions.counts.mapped == 2 * 8  # the first call stands on a level of the plan
+    assert net.sessions.counts.forecast == sum(2 in row for row in partial) > 0
+    assert torch.isfinite(image).all()
 
 
 def test_more_tokens_cost_what_they_say(run):
