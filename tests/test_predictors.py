@@ -59,8 +59,9 @@ def test_constant_series_are_exact(name, order, case):
 
 
 LINEAR = [  # exact on a line, at any spacing
-    ("taylor", 1, {}), ("newton", 1, {}), ("newton", 2, {}), ("newton", 4, {}), ("adams_bashforth", 1, {}),
-    ("adams_bashforth", 3, {}), ("foca", 2, {}), ("momentum", 1, {}), ("momentum", 3, {}), ("momentum", 4, {"beta": 0.9}),
+    ("taylor", 1, {}), ("newton", 1, {}), ("newton", 2, {}), ("newton", 4, {}),
+    ("adams_bashforth", 1, {}), ("adams_bashforth", 3, {}), ("foca", 2, {}),
+    ("momentum", 1, {}), ("momentum", 3, {}), ("momentum", 4, {"beta": 0.9}),
     ("hermite", 1, {"sigma": ROOT_HALF}),
 ]  # fmt: skip
 
@@ -127,11 +128,7 @@ def test_published_error_of_taylor_two_on_quadratic_series(interval):
         ("extrapolate", 1, lambda u: [1.3, -0.3]),
         ("bdf2", 1, lambda u: [4 / 3, -1 / 3]),
         ("midpoint", 1, lambda u: [1.5, -0.5]),
-        (
-            "adams_moulton",
-            2,
-            lambda u: [1 + 5 / 12 * 1.5 + 2 / 3 - 1 / 12 * 1, -5 / 6 - 2 / 3 + 1 / 12, 5 / 24 + 1 / 12],
-        ),
+        ("adams_moulton", 2, lambda u: [55 / 24, -19 / 12, 7 / 24]),
         ("zero", 0, lambda u: [0]),
         ("scaled", 0, lambda u: [1]),
     ],
@@ -361,7 +358,7 @@ def test_unknown_options_name_the_known_ones():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, "0.5", True, None])
 def test_options_are_finite_numbers(value):
-    with pytest.raises(PolicyError, match="sigma=.*finite number"):
+    with pytest.raises(PolicyError, match=r"sigma=.*finite number"):
         Predictor("hermite", 2, (("sigma", value),))
 
 
@@ -383,7 +380,7 @@ def test_unknown_name_lists_the_known_ones():
         ("goc", 2),
         ("adams_moulton", 3),
         ("hermite", 0),
-    ],  # fmt: skip
+    ],
 )
 def test_bad_orders_name_the_range(name, order):
     with pytest.raises(PolicyError, match=rf"order=.*{name} predictor takes an order from \d to \d"):
