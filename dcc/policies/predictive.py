@@ -134,5 +134,33 @@ def goc(
     return Policy((Cached(site, mask, Switched(rule, COPY, frozenset(chosen))),))
 
 
+@method(
+    "predictive",
+    title="FeMo",
+    source="openreview ih1oyr0j6y",
+    checked="D",
+    sites="any",
+    trigger="every N-th step",
+    predictor="momentum",
+)
+def femo(
+    setting: Setting,
+    *,
+    interval: int = 5,
+    order: int = 3,
+    beta: float = 0.5,
+    first: int = 3,
+    site: str = DEFAULT_SITE,
+) -> Policy:
+    """Forecasts along a running mean of the last `order` slopes, `beta` times less for each older one.
+
+    "Accelerate Diffusion Transformers with Feature Momentum": the trend of past features in place of high derivatives.
+    Its coefficients are not public, and the search of one per sample (Adapted-FeMo) is left out.
+    """
+    between(0.0, 1.0, beta=beta)
+    rule = Predictor("momentum", order, (("beta", float(beta)),))
+    return Policy((Cached(site, every(setting, interval, first), rule),))
+
+
 def _hidden(setting: Setting) -> str:
     return "hidden" if "hidden" in setting.sites else "output"
