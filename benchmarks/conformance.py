@@ -58,7 +58,7 @@ def pairs() -> list[Pair]:
     parameters = {"threshold": 0.06, "max_skip": 3, "retention_ratio": 0.2}
     found.append(Pair("mmdit", "diffusers MagCache", peers.mag_cache, settings, "magcache", parameters, ratios=True))
     settings = {"skip": 2, "everywhere": True}
-    found.append(Pair("mmdit", "diffusers PAB", peers.attention_broadcast, settings, "pab", {}))
+    found.append(Pair("mmdit", "diffusers PAB", peers.attention_broadcast, settings, "pab", {"window": (-1, 1001)}))
     for blocks, warmup, threshold, calibrator, order in (
         ((1, 0), 4, 0.1, "", 0),
         ((2, 0), 4, 0.2, "", 0),

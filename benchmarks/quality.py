@@ -89,7 +89,7 @@ class Measurement:
         self.subject = subject
         self.prompts, self.calib = dcc.demo.prompts("test")[:prompts], dcc.demo.prompts("calib")
         self.seeds = [SEED + index for index in range(len(self.prompts))]
-        self.reference, _ = self._batches(None, {})
+        self.reference, _ = self._batches(None, {}, False)
         self.flops = self._one_by_one(None, {}, self.prompts[:1], SEED)[1][0]
         self._tried: dict[tuple[str, Any], float] = {}  # speed-ups on calibration prompts
         self._reached: dict[tuple[str, str], dict[str, Any]] = {}  # a setting may be the answer to two budgets
@@ -148,9 +148,10 @@ class Measurement:
             if contestant.dynamic and not contestant.shared:
                 images, counts = self._one_by_one(pipe, changes, self.prompts, SEED)
             else:  # dcc decides for every sample of a batch apart
-                _, counts = self._one_by_one(pipe, changes, self.prompts[:1], SEED)
-                images, mean = self._batches(pipe, changes)
-                counts = [mean] * len(self.prompts) if contestant.dynamic else counts
+                images, mean = self._batches(pipe, changes, contestant.dynamic)
+                counts = [mean] * len(self.prompts)
+                if not contestant.dynamic:
+                    _, counts = self._one_by_one(pipe, changes, self.prompts[:1], SEED)
         if not torch.isfinite(images.raw).all():
             raise DoesNotRun("gives values that are not finite")
         flops = statistics.mean(counts)
@@ -202,11 +203,11 @@ class Measurement:
             totals.append(sum(counts))
         return Samples.concatenate(images), totals
 
-    def _batches(self, pipe: Any, changes: dict[str, Any]) -> tuple[Samples, float]:
-        """The images of all prompts, in batches, and the mean FLOPs of a prompt."""
+    def _batches(self, pipe: Any, changes: dict[str, Any], counting: bool) -> tuple[Samples, float]:
+        """The images of all prompts, in batches, and the mean FLOPs of a prompt where they are counted."""
         target, parts, total = self.subject.target(pipe, changes), [], 0
         for at in range(0, len(self.prompts), BATCH):
-            with counted(target.module) as counts:
+            with counted(target.module) if counting else contextlib.nullcontext([]) as counts:
                 parts.append(target.generate(self.prompts[at : at + BATCH], self.seeds[at : at + BATCH]))
             total += sum(counts)
         return Samples.concatenate(parts), total / len(self.prompts)

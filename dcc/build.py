@@ -11,7 +11,7 @@ from dcc.capture import Captured
 from dcc.errors import PlanError
 from dcc.lower import Variant
 from dcc.observe import Observer
-from dcc.passes.base import Row, Site
+from dcc.passes.base import GUIDANCE, Row, Site
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import copy_of, output_node
 from dcc.plan import Plan, with_costs
@@ -30,7 +30,8 @@ def cost(plan: Plan, sites: Sites) -> Plan:
     for row in plan.rows:
         owner: dict[str, str] = {}
         for k, name in enumerate(plan.sites):
-            for out in () if row[k] == 1 else [port.out for site in selected[k] for port in site.ports]:
+            inside = [site for site in selected[k] if row[k] != 1 and site.kind != GUIDANCE]
+            for out in [port.out for site in inside for port in site.ports]:
                 if owner.setdefault(out, name) != name:
                     raise PlanError(
                         f"a step forecasts both {owner[out]!r} and {name!r}, which are one value; choose one"
@@ -50,8 +51,10 @@ def row_flops(
     forms: Sequence[dict[str, Any]] = (),
 ) -> int:
     """FLOPs of one call that forecasts the sites that the row does not compute, but for the tokens it refreshes."""
-    forecast = [p for k, decision in enumerate(row) if decision != 1 for s in selected[k] for p in s.ports]
-    return refresh_flops(flow, sites, forecast, refreshes(sites, selected, forms, row))
+    skipped = [s for k, decision in enumerate(row) if decision != 1 for s in selected[k]]
+    forecast = [p for s in skipped if s.kind != GUIDANCE for p in s.ports]
+    whole = refresh_flops(flow, sites, forecast, refreshes(sites, selected, forms, row))
+    return whole // 2 if any(s.kind == GUIDANCE for s in skipped) else whole
 
 
 def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | None = None) -> Family:

@@ -17,11 +17,11 @@ import torch
 import torch.export
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from dcc.errors import CaptureError
-from dcc.passes.graph import output_node
+from dcc.passes.graph import output_node, shape, sizes, symbols
 from dcc.passes.verify import is_mutation, verify
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -125,7 +125,24 @@ class Captured:
     out_spec: pytree.TreeSpec
     problem: str | None = None
     varying: frozenset[str] = frozenset()  # paths of the tensors that change from step to step
+    guided: bool = False  # the batch is [unconditional; conditional] of the same samples (Recording.guided)
     _symbols: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> str:
+        """The symbol of the batch's size, or its fixed size as text."""
+        return str(output_node(self.graph_module).args[0][0].meta["val"].shape[0])
+
+    def carries_batch(self, node: Node) -> bool:
+        """Whether a value of the graph has the samples of the batch as its first dimension."""
+        first, output = shape(node)[:1], output_node(self.graph_module).args[0][0]
+        return bool(first) and self.batch in symbols(first[0]) and sizes(node)[0] == sizes(output)[0]
+
+    def part(self, call: Call, rows: slice | Tensor) -> Call:
+        """The call of some samples of the batch: these rows of every tensor that has the batch first."""
+        names = {path: self._symbols.get(path, []) for path in call.names}
+        own = [bool(sizes) and str(sizes[0]) == self.batch for sizes in names.values()]
+        return replace(call, tensors=tuple(t[rows] if o else t for t, o in zip(call.tensors, own, strict=True)))
 
     def accepts(self, call: Call) -> bool:
         """Whether the graph serves this call: same signature, fixed sizes equal, symbolic sizes consistent."""

@@ -36,6 +36,7 @@ class Recording:
     varying: frozenset[str]
     keys: tuple[str, ...]
     as_tensors: frozenset[str]
+    guided: bool = False  # both halves of the batch hold the same samples and differ in a prompt-side input
 
 
 @dataclass
@@ -47,9 +48,11 @@ class _Input:
     scalars: list[float | None] = field(default_factory=list)
     which: list[int] = field(default_factory=list)  # per call, the index of its value among `values`
     stable: bool = True
+    halves: bool = True  # equal in every call
 
     def see(self, tensor: Tensor) -> None:
         self.scalars.append(_scalar(tensor))
+        self.halves &= tensor.dim() > 1 and len(tensor) % 2 == 0 and torch.equal(*tensor.chunk(2))
         for index, (original, value) in enumerate(zip(self.originals, self.values, strict=True)):
             if value.shape == tensor.shape and torch.equal(value, tensor):
                 self.stable &= original.data_ptr() == tensor.data_ptr()
@@ -103,7 +106,9 @@ class Recorder(DenoiserProxy):
         streams = list(zip(self.contexts, *(i.which for i in fixed.values()), strict=True))
         levels = tuple(level for level, stream in zip(scalars, streams, strict=False) if stream == streams[0])
         keys = tuple(name for name, i in fixed.items() if i.stable)
-        return Recording(self.first, self.calls, time, levels, varying, keys, as_tensors)
+        sides = [i.halves for n, i in fixed.items() if i.values[0].dim() > 1 and len(i.values[0]) % 2 == 0]
+        guided = any(seen[name].halves for name in varying) and not all(sides)
+        return Recording(self.first, self.calls, time, levels, varying, keys, as_tensors, guided)
 
     def _time(self) -> tuple[str | None, list[float]]:
         """The scalar input that takes the most values, and its value at each call."""

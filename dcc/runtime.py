@@ -19,8 +19,8 @@ from dcc.capture import Call, Captured, bind, capture
 from dcc.errors import CaptureError, PositionError
 from dcc.guard import anchor_error, extra_step
 from dcc.lower import Program, Variant, lower
-from dcc.passes.base import STEP, Site, anchor_name, next_name, write_name
-from dcc.passes.graph import COEFFICIENTS
+from dcc.passes.base import GUIDANCE, STEP, Site, anchor_name, next_name, write_name
+from dcc.passes.graph import COEFFICIENTS, nodes_by_name
 from dcc.plan import Plan, is_full
 from dcc.predictors import newton
 from dcc.proxy import DenoiserProxy
@@ -113,7 +113,7 @@ class CompiledDenoiser(DenoiserProxy):
                     family.proven.add(shapes)
                     return family
             captured = capture(self.original, call)
-            captured.varying = self.recording.varying
+            captured.varying, captured.guided = self.recording.varying, self.recording.guided
             self.families.append(self._build(captured, self.plan))
             self.families[-1].proven.add(shapes)
             return self.families[-1]
@@ -132,12 +132,18 @@ class CompiledDenoiser(DenoiserProxy):
         `weights` are the coefficients of each forecast selector.
         """
         variant = family.variants[row]
+        halved = any(d != 1 and sites[0].kind == GUIDANCE for d, sites in zip(row, family.selectors, strict=True))
+        if halved:  # the forecast makes the unconditional half from the conditional one
+            whole = batch_of(call, self.recording)
+            call = family.captured.part(call, slice(whole // 2, None))
         if self.backend == "inductor" and family.captured.problem is None:
             call = call.contiguous()  # only here: the identity of the caller's own tensors tells requests apart
         values = family.captured.bindings(call)
         for k, sites in enumerate(family.selectors):
             for site in sites if row[k] != 1 else ():
                 self._bind_anchors(values, site, stream)
+                if halved and site.kind != GUIDANCE:
+                    _halve(values, site, family.captured, whole)
         if COEFFICIENTS in variant.inputs:
             values[COEFFICIENTS] = self._coefficients(weights, call)
         values |= stream.states
@@ -370,6 +376,16 @@ class CompiledDenoiser(DenoiserProxy):
             table = torch.tensor(padded, dtype=torch.float64).to(torch.float32)
             self._tables[key] = table[:, None].expand(-1, batch, -1).contiguous().to(tensor.device)
         return self._tables[key]
+
+
+def _halve(values: dict[str, Tensor], site: Site, captured: Captured, batch: int) -> None:
+    """The conditional half of a site's anchors, of those that were kept for the whole batch."""
+    nodes = nodes_by_name(captured.graph_module)
+    for index, port in enumerate(site.ports):
+        batched = captured.carries_batch(nodes[port.out])
+        for name in [name for name in values if name.startswith(f"{anchor_name(site, index, 0)[:-1]}")]:
+            if batched and len(values[name]) == batch:
+                values[name] = values[name][batch // 2 :]
 
 
 def batch_of(call: Call, recording: Recording) -> int:

@@ -13,7 +13,7 @@ from torch.fx import Node
 from dcc.capture import Call, Captured
 from dcc.errors import SiteError
 from dcc.passes import blocks as block_analysis
-from dcc.passes.base import Port, Site
+from dcc.passes.base import GUIDANCE, Port, Site
 from dcc.passes.blocks import Block
 from dcc.passes.costs import Cost, costs
 from dcc.passes.dataflow import Dataflow
@@ -41,6 +41,7 @@ BRANCH_KINDS = {
     "mlp": ("mlp",),
     "joint": ("attn+mlp",),
 }
+INNERMOST = ("self", "cross")  # groups without branches that hold other branches, as a U-Net's transformers do
 AFTER = re.compile(r"^after:(\d+)$")
 PROBE = "probe"  # kind of the sites that are looked at, not cached
 MIN_CUT = 0.05  # a concatenation that saves less is no skip connection worth a site
@@ -56,8 +57,9 @@ class Sites:
     `<list>` (residual of one block list), `<list>.<i>` (residual of a block), `blocks[a:b]` (residual of blocks a to
     b-1 in execution order), `<block>/attn`, `<block>/cross`, `<block>/mlp` (branch output before its gate), `cut:k`
     (U-Net: the deep side of the k-th skip connection, 0 the outermost), `level:k` (U-Net: the cheapest cut below
-    resolution level k), `encoder` (U-Net: all that the decoder takes from the encoder), `after:i` (the value behind
-    block i, counted in execution order). Groups of sites: those of GROUPS.
+    resolution level k), `uncond` (the output's unconditional half of a guided batch, relative to the other),
+    `encoder` (U-Net: all that the decoder takes from the encoder), `after:i` (the value behind block i, counted in
+    execution order). Groups of sites: those of GROUPS.
     """
 
     captured: Captured
@@ -104,6 +106,9 @@ class Sites:
         elif name in BRANCH_KINDS:
             kinds = BRANCH_KINDS[name]
             found = tuple(s for s in self if "/" in s.name and (kinds is None or s.kind in kinds))
+            if name in INNERMOST:
+                units = [s.name.rpartition("/")[0] for s in self if "/" in s.name]
+                found = tuple(s for s in found if not any(u.startswith(s.name.rpartition("/")[0] + ".") for u in units))
         elif name == "heads":
             found = tuple(self[f"{s.name.removesuffix('/attn+mlp')}/heads"] for s in list(self) if s.kind == "attn+mlp")
         else:
@@ -199,6 +204,10 @@ class _Finder:
         self.add("latent", PROBE, [Port(self.sample)])
         if len(outputs) == 1 and self.costs[outputs[0].name].shape == self.costs[self.sample].shape:
             self.add("delta", "residual", [Port(outputs[0].name, self.sample)])
+        if self.sites.captured.guided and len(outputs) == 1 and not self.sites.captured.batch.isdigit():
+            size, half = self.costs[outputs[0].name], self.sites.flops // 2
+            shape = (size.shape[0] // 2, *size.shape[1:])
+            self.add_site(Site("uncond", GUIDANCE, (Port(outputs[0].name),), (shape,), size.bytes // 2, half))
 
     def modulated(self) -> None:
         """What the first block's first matrix product or convolution over the sample's tokens or pixels takes."""

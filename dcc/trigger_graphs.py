@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dcc.capture import Captured
 from dcc.errors import PolicyError
 from dcc.lower import Variant
-from dcc.passes.base import Look, Port, Row, Site, look_name, watch_name
+from dcc.passes.base import GUIDANCE, Look, Port, Row, Site, look_name, watch_name
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import nodes_by_name, output_node, symbols
 from dcc.passes.split_at import ancestors, prefix, suffix
@@ -48,6 +48,8 @@ class TriggerGraphs:
                 raise PolicyError(f"the trigger looks behind the cached site {name!r}; cache what comes later")
         self.nodes = nodes_by_name(captured.graph_module)
         self.batch = str(output_node(captured.graph_module).args[0][0].meta["val"].shape[0])
+        if any(site.kind == GUIDANCE for group in selected for site in group):
+            raise PolicyError("a trigger cannot forecast the site 'uncond'; give it a schedule of its own")
         self.handed: list[str] = []
         self.rows: dict[tuple[int, ...], Variant] = {}
         self.flops: dict[tuple[int, ...], int] = {}
@@ -79,8 +81,7 @@ class TriggerGraphs:
 
     def batched(self, name: str) -> bool:
         """Whether a value has the samples of the batch as its first dimension."""
-        shape = self.nodes[name].meta["val"].shape
-        return len(shape) > 0 and str(shape[0]) == self.batch
+        return self.captured.carries_batch(self.nodes[name])
 
     @property
     def separable(self) -> bool:

@@ -9,6 +9,7 @@ from dcc.passes.drop_dead_nodes import DropDeadNodes
 from dcc.passes.insert_cache_reads import InsertCacheReads
 from dcc.passes.insert_cache_writes import InsertCacheWrites
 from dcc.passes.insert_forecasts import InsertForecasts
+from dcc.passes.insert_guidance import InsertGuidance
 from dcc.passes.insert_measures import InsertMeasures
 from dcc.passes.refresh_tokens import RefreshTokens
 
@@ -17,6 +18,7 @@ PASSES: tuple[Pass, ...] = (
     InsertCacheWrites(),  # before the reads: a residual's base may itself be replaced by a read
     RefreshTokens(),  # before the reads: a refreshed value then becomes its forecast wherever it is named
     InsertCacheReads(),  # every use of a forecast site now reads its anchors
+    InsertGuidance(),  # behind the reads: the output that it joins may itself be forecast
     InsertMeasures(),  # behind the reads: a drafted forecast that is compared with the truth is one more read
     InsertForecasts(),  # after all reads stand, so that Inductor sees plain arithmetic only
     DropDeadNodes(),  # last: what the reads made dead is the work that is saved

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
+GUIDANCE = "guidance"  # kind of the site whose forecast leaves out the unconditional half of a merged batch
 STEP = "step"  # graph input [1] int64: the number of the sampler step
 
 

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from dcc.errors import PassError
 from dcc.kernels import combine
-from dcc.passes.base import Pass, Port, Row, Site, anchor_name, write_name
+from dcc.passes.base import GUIDANCE, Pass, Port, Row, Site, anchor_name, write_name
 from dcc.passes.graph import (
     COEFFICIENTS,
     REPLACED,
@@ -44,7 +44,7 @@ class InsertCacheReads(Pass):
         nodes = nodes_by_name(graph_module)
         ports: dict[str, tuple[int, Site, int, Port]] = {}
         for group, sites in enumerate(row.forecast):
-            for site in sites:
+            for site in (site for site in sites if site.kind != GUIDANCE):
                 for index, port in enumerate(site.ports):
                     if port.out in ports:
                         other = ports[port.out][1].name

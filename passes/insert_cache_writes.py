@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule
 
-from dcc.passes.base import Pass, Row, write_name
+from dcc.passes.base import GUIDANCE, Pass, Row, write_name
 from dcc.passes.graph import insert_call, node_of, nodes_by_name, output_node
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ class InsertCacheWrites(Pass):
     def apply(self, graph_module: GraphModule, row: Row) -> int:
         nodes, output = nodes_by_name(graph_module), output_node(graph_module)
         writes = []
-        for site in row.computed:
+        for site in (site for site in row.computed if site.kind != GUIDANCE):
             for index, port in enumerate(site.ports):
                 with graph_module.graph.inserting_before(output):
                     value = node_of(nodes, port.out, self.name)

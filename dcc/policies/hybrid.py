@@ -374,3 +374,43 @@ def profiling_dit(
     ends = [next(end for end in range(start, blocks + 1) if end not in chosen) for start in starts]
     ranges = zip(starts, ends, strict=True)
     return Policy(tuple(Cached(f"blocks[{start}:{end}]", mask) for start, end in ranges))
+
+
+@method(
+    "hybrid",
+    title="FasterCache",
+    source="arXiv 2410.19355, repository Vchitect/FasterCache",
+    checked="C",
+    sites="attention branches; uncond where guidance is merged",
+    trigger="every N-th step, late in the run",
+    predictor="F0 + w (F0 - F1)",
+)
+def fastercache(
+    setting: Setting,
+    *,
+    interval: int = 2,
+    weight: float = 0.3,
+    start: float = 0.3,
+    guidance_interval: int = 5,
+    guidance: bool = True,
+) -> Policy:
+    """Extrapolates attention between the last two computed steps, and reuses what guidance adds.
+
+    Attention computes at every `interval`-th step from the `start` share of the run on. The difference of the
+    unconditional to the conditional output is computed every `guidance_interval` steps and copied at those between that
+    extrapolate attention, at which only half the batch runs. The released code weighs low and high frequencies of the
+    difference by 1.1 in windows of its own; here both count once. Without a merged batch only attention is cached.
+    """
+    whole(interval=interval, guidance_interval=guidance_interval)
+    between(0.0, 1.0, start=start)
+    between(0.0, 2.0, weight=weight)
+    first = max(2, round(start * setting.steps))
+    mask = every(setting, interval, first)
+    rule = Predictor("goc", 1, (("eta", float(weight)),))
+    caches = [Cached(group, mask, rule) for group in ("self", "heads", "cross") if setting.has(group)]
+    if not caches:
+        raise PolicyError("fastercache needs attention branches on a residual stream; this denoiser shows none")
+    if guidance and "uncond" in setting.sites:
+        fresh = every(setting, guidance_interval, first)
+        caches.append(Cached("uncond", tuple(max(a, b) for a, b in zip(mask, fresh, strict=True))))
+    return Policy(tuple(caches))

@@ -22,6 +22,7 @@ from dcc.policies.base import (
     method,
     whole,
 )
+from dcc.predictors import Predictor
 
 
 @method(
@@ -334,3 +335,77 @@ def ecad(
             child = valid(np.where(flips, 1 - child, child))
             scored.append((setting.score(policy(child)), len(scored), child))
     return policy(max(scored, key=lambda item: item[0])[2])
+
+
+@method(
+    "static",
+    title="T-GATE",
+    source="arXiv 2404.02747, repository HaozheLiu-ST/T-GATE",
+    checked="C",
+    sites="self and cross-attention, uncond",
+    trigger="phases",
+    predictor="copy; guidance dropped",
+)
+def t_gate(
+    setting: Setting,
+    *,
+    gate_step: int | None = None,
+    sp_interval: int = 5,
+    fi_interval: int = 1,
+    warm_up: int = 2,
+    drop_guidance: bool = True,
+) -> Policy:
+    """Freezes cross-attention behind `gate_step`; self-attention is computed every few steps.
+
+    The first `warm_up` steps compute all, then self-attention every `sp_interval` steps up to the gate (2/5 of the run
+    unless given, the published 10 of 25), and every `fi_interval` behind it. With `drop_guidance` the conditional half
+    alone runs behind the gate and stands for both, which changes what the sampler computes; the paper also averages the
+    halves of the frozen attention, which is left out.
+    """
+    gate = round(0.4 * setting.steps) if gate_step is None else gate_step
+    whole(warm_up=warm_up, gate_step=gate, sp_interval=sp_interval, fi_interval=fi_interval)
+    if not setting.has("cross"):
+        raise PolicyError("t_gate needs cross-attention branches; this denoiser has none")
+    phases = [fi_interval if s >= gate else sp_interval if s >= warm_up else 1 for s in range(setting.steps)]
+    attention = tuple(int((s - (gate if s >= gate else warm_up)) % phase == 0) for s, phase in enumerate(phases))
+    before = tuple(int(s < gate) for s in range(setting.steps))
+    caches = [Cached("self", attention), Cached("cross", before)]
+    if drop_guidance and "uncond" in setting.sites:
+        caches.append(Cached("uncond", before, Predictor("zero")))
+    return Policy(tuple(caches))
+
+
+@method(
+    "static",
+    title="DiTFastAttn",
+    source="arXiv 2406.08552, repository thu-nics/DiTFastAttn",
+    checked="C",
+    sites="each attention branch on its own",
+    trigger="calibrated: sharing with the step before within a bound",
+    predictor="copy",
+    needs="profile",
+)
+def ditfastattn(setting: Setting, *, delta: float = 0.05) -> Policy:
+    """Shares attention outputs between steps: layer l of L copies where the error stays below delta (l + 1) / L.
+
+    Its output-sharing part. The error is the relative distance of the branch to its last computed value in the profile,
+    where the paper measures the loss of the final output layer by layer; window attention with a cached residual, and
+    sharing between the guided halves inside a layer, are left out.
+    """
+    between(0.0, math.inf, delta=delta)
+    names = [site.name for group in ("self", "heads") if setting.has(group) for site in setting.sites.select(group)]
+    if not names:
+        raise PolicyError("ditfastattn needs self-attention branches; this denoiser shows none")
+    caches = []
+    for layer, name in enumerate(names):
+        distance, mask, anchor = distances(setting, _measured(setting, name)), [1], 0
+        for step in range(1, setting.steps):
+            mask.append(int(not distance[anchor, step] < delta * (layer + 1) / len(names)))
+            anchor = step if mask[-1] else anchor
+        caches.append(Cached(name, tuple(mask)))
+    return Policy(tuple(caches))
+
+
+def _measured(setting: Setting, name: str) -> str:
+    """The site of the profile that speaks for this one: joined heads are measured with their MLP."""
+    return name if name in setting.profile.sites else name.replace("/heads", "/attn+mlp")

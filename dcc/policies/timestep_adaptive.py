@@ -174,7 +174,7 @@ def magcache(
     if len(curve) != setting.steps:
         nearest = np.linspace(0, len(curve) - 1, setting.steps).round().astype(int)
         curve = [curve[index] for index in nearest]
-    retained, mask = int(retention_ratio * setting.steps), []
+    retained, mask = int(retention_ratio * setting.steps + 0.5), []
     product, drift, skipped = 1.0, 0.0, 0
     for step, ratio in enumerate(curve):
         if step == 0 or step < retained:
