@@ -69,3 +69,24 @@ def test_anchors_keep_their_values():
     anchors = [torch.ones(2, 3), torch.ones(2, 3)]
     combine.reference(torch.full((1, 2, 2), 3.0), 0, anchors, True)
     assert all(torch.equal(anchor, torch.ones(2, 3)) for anchor in anchors)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4), (2, 4), (2, 4, 3, 5), (2, 4, 2, 3, 5)], ids=str)
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_every_channel_has_its_own_row(shape, per_sample):
+    anchors = [torch.randn(shape), torch.randn(shape)]
+    coefficients = torch.randn(5, shape[0], 2)
+    of_channel = torch.tensor([2, 0, 1, 2])
+    result = combine.by_channel(coefficients, 2, anchors, per_sample, of_channel)
+    dim = combine.channel_dim(len(shape))
+    for channel, cluster in enumerate(of_channel.tolist()):
+        own = [anchor.select(dim, channel) for anchor in anchors]
+        expected = loop(coefficients, 2 + cluster, own, per_sample).float()
+        torch.testing.assert_close(result.select(dim, channel), expected)
+
+
+def test_channels_of_one_cluster_are_a_plain_forecast():
+    anchors = [torch.randn(2, 3, 4).bfloat16() for _ in range(3)]
+    coefficients, all_in_one = torch.randn(2, 2, 3), torch.zeros(4, dtype=torch.int64)
+    plain = combine.reference(coefficients, 1, anchors, True)
+    assert torch.equal(combine.by_channel(coefficients, 1, anchors, True, all_in_one), plain)
