@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dcc.policies.base import COPY, DEFAULT_SITE, Cached, Policy, Setting, between, every, given_mask, listed, method
-from dcc.predictors import Predictor, Switched
+from dcc.policies.base import (
+    COPY,
+    DEFAULT_SITE,
+    Cached,
+    Policy,
+    Setting,
+    between,
+    every,
+    given_mask,
+    listed,
+    method,
+    whole,
+)
+from dcc.predictors import MAX_ORDER, Predictor, Switched
 
 
 @method(
@@ -86,8 +98,13 @@ def hicache(
     predictor="adams_bashforth",
 )
 def ab_cache(setting: Setting, *, interval: int = 3, order: int = 2, first: int = 3, site: str = "output") -> Policy:
-    """Adams-Bashforth's linear dependence of consecutive outputs, `order` differences deep (arXiv 2504.10540)."""
-    return Policy((Cached(site, every(setting, interval, first), Predictor("adams_bashforth", order)),))
+    """Adams-Bashforth's linear dependence of consecutive outputs (arXiv 2504.10540).
+
+    `order` counts past outputs, as in the paper: 2 is 2 F0 - F1, which its analysis starts from.
+    """
+    whole(2, order=order)
+    between(2, MAX_ORDER + 1, order=order)
+    return Policy((Cached(site, every(setting, interval, first), Predictor("adams_bashforth", order - 1)),))
 
 
 @method(
