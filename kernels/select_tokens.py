@@ -25,7 +25,7 @@ def top(score: Tensor, ratio: float) -> Tensor:
 
 def gather(value: Tensor, index: Tensor) -> Tensor:
     """The chosen tokens [B, k, C...] of a value [B or 1, N, C...]."""
-    return value.expand(len(index), *value.shape[1:]).gather(1, _like(index, value))
+    return value.expand(index.shape[0], *value.shape[1:]).gather(1, _like(index, value))
 
 
 def scatter(value: Tensor, index: Tensor, fresh: Tensor) -> Tensor:
