@@ -1,9 +1,10 @@
-"""The command line: `dcc demo`, `dcc evaluate`, `dcc sites`, `dcc plan show`."""
+"""The command line: `dcc demo`, `dcc policies`, `dcc evaluate`, `dcc sites`, `dcc plan`."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import json as jsonlib
 import os
 import re
 import time
@@ -22,10 +23,10 @@ from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 import dcc
-from dcc.errors import DccError, DemoError, LoweringError, PipelineError, PolicyError, PromptError
+from dcc.errors import DccError, DemoError, LoweringError, PipelineError, PolicyError, PromptError, SettingError
 from dcc.lower import BACKENDS
 from dcc.pipeline import load_pipeline
-from dcc.policies import DEFAULT_POLICY, Setting, make_policy
+from dcc.policies import DEFAULT_POLICY, POLICIES, Setting, make_policy, parameter_names
 from dcc.text import count, decibels
 
 # About three times fewer denoiser FLOPs on both demo pipelines.
@@ -74,9 +75,9 @@ def main(
 @app.command()
 def demo(
     pipeline: Annotated[str, typer.Option(help="The embedded pipeline: mmdit or unet.")] = "mmdit",
-    policy: Annotated[str, typer.Option(help="The caching policy: taylorseer or interval.")] = DEFAULT_POLICY,
+    policy: Annotated[str, typer.Option(help="The caching policy; `dcc policies` lists them.")] = DEFAULT_POLICY,
     interval: Annotated[int | None, typer.Option(help="A full step every so many steps.")] = None,
-    order: Annotated[int | None, typer.Option(help="The order of taylorseer's forecasts.")] = None,
+    order: Annotated[int | None, typer.Option(help="The order of forecasts, where the policy takes one.")] = None,
     site: Annotated[str | None, typer.Option(help="What to cache; `dcc sites` lists the names.")] = None,
     prompts: Annotated[int, typer.Option(min=1, max=64, help="How many held-out prompts to draw.")] = 8,
     backend: Annotated[str, typer.Option(help="inductor compiles to machine code; eager starts at once.")] = "inductor",
@@ -88,8 +89,8 @@ def demo(
     settings = dcc.demo.settings(pipeline)
     given = {"interval": INTERVALS.get(policy) if interval is None else interval, "order": order, "site": site}
     parameters = {name: value for name, value in given.items() if value is not None}
-    setting = Setting(range(settings["num_inference_steps"]))
-    make_policy(policy, setting, parameters)  # refuses bad names and values before any work
+    with contextlib.suppress(SettingError):  # bad names and values are refused before any work
+        make_policy(policy, Setting(range(settings["num_inference_steps"])), parameters)
     if backend not in BACKENDS:
         raise LoweringError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
     out = _writable(out or Path(f"dcc-demo-{pipeline}.png"))
@@ -99,6 +100,23 @@ def demo(
         _demo(pipeline, settings, {"policy": policy, **parameters}, prompts, backend, out, seed)
     finally:
         torch.set_num_threads(before)
+
+
+@app.command("policies")
+def show_policies(
+    name: Annotated[str | None, typer.Argument(help="One policy: what it does and which parameters it takes.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Every fact, for programs.")] = False,
+) -> None:
+    """List the published methods that dcc runs, by class of the survey (arXiv 2510.19755), or show one."""
+    from dcc.tables import policies_table, policy_table
+
+    if name is not None:
+        parameter_names(name)  # refuses unknown names, listing the known ones
+    chosen = list(POLICIES.values()) if name is None else [POLICIES[name]]
+    if as_json:
+        typer.echo(jsonlib.dumps([method.facts() for method in chosen], indent=1))
+        return
+    Console().print(policies_table(chosen) if name is None else policy_table(chosen[0]))
 
 
 @app.command()

@@ -17,6 +17,10 @@ class PolicyError(DccError):
     """An unknown policy, or a parameter that the policy does not take."""
 
 
+class SettingError(PolicyError):
+    """A policy asks for something of the denoiser that is not at hand, because nothing was captured yet."""
+
+
 class PlanError(DccError):
     """A plan file or plan value that is malformed, or that belongs to another model or run."""
 

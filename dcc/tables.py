@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
+from collections.abc import Sequence
 
+from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from dcc.plan import Plan, describe
+from dcc.policies import Method
 from dcc.quality import mean_psnr
 from dcc.report import Report, Row
 from dcc.text import decibels, human_bytes, human_seconds
@@ -78,3 +83,50 @@ def steps_table(plan: Plan) -> Table:
             cells.append(Text(", ".join(terms), "dim") if weights else Text("computed", "green"))
         table.add_row(str(step), f"{level:.4g}", *cells)
     return table
+
+
+def policies_table(methods: Sequence[Method]) -> Group:
+    """All methods, a table for each class of the survey, at most 80 columns wide."""
+    parts: list[Table | Text] = []
+    for kind in dict.fromkeys(method.kind for method in methods):
+        title = f"{kind.replace('_', '-')} ({sum(method.kind == kind for method in methods)})"
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("policy", no_wrap=True, style="bold", min_width=16)
+        table.add_column("decided by", width=20, overflow="fold")
+        table.add_column("forecast", width=12, overflow="fold")
+        table.add_column("needs", width=10, overflow="fold")
+        table.add_column("reads", width=5)
+        table.add_column("", width=3)
+        for method in (method for method in methods if method.kind == kind):
+            needs = "" if method.needs == "nothing" else method.needs
+            reads = {"0": "", "1": "1"}.get(method.syncs, "rare")
+            table.add_row(method.name, method.trigger, method.predictor, needs, reads, method.checked)
+        parts.append(table)
+    parts.append(
+        Text(
+            "reads: host reads a step; none where empty, rare where only computed steps read. Last column: formula "
+            "checked in the method's own code (C), in another's (C3), by description only (D). "
+            "`dcc policies NAME` shows one.",
+            "dim",
+        )
+    )
+    return Group(*parts)
+
+
+def policy_table(method: Method) -> Group:
+    """One method: its docstring, facts and parameters."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    facts = method.facts()
+    for name in ("title", "kind", "sites", "trigger", "predictor", "needs", "source", "checked"):
+        table.add_row(name, Text(str(facts[name]).replace("_", "-") if name == "kind" else str(facts[name])))
+    table.add_row("host reads", Text(f"{method.syncs} a step"))
+    for name, default in method.defaults.items():
+        table.add_row(f"  {name}=", Text(default))
+    return Group(Text(method.name, "bold"), Text(_paragraphs(inspect.getdoc(method.make) or "")), Text(""), table)
+
+
+def _paragraphs(text: str) -> str:
+    """Each paragraph on one line, for the terminal to wrap."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
