@@ -3,6 +3,7 @@
     python benchmarks/quality.py unet [--prompts 32] [--only REGEX] [--refresh]
     python benchmarks/quality.py unet --table
     python benchmarks/quality.py unet --plot quality_unet.png
+    python benchmarks/quality.py unet --survey --prompts 8     the survey's methods in dcc, and its searched plans
 
 Quality is that of the final images of the test prompts against the uncached pipeline; compute is the denoiser's FLOPs
 over a whole run, counted in real runs. Parameters that decide how much is computed are tuned to each budget on
@@ -29,7 +30,7 @@ import measure
 import torch
 import transformers
 import typer
-from baselines import baselines
+from baselines import baselines, solver_plans
 from methods import methods
 from peers import peers
 from rich.console import Console
@@ -38,7 +39,7 @@ from subjects import BUDGETS, SLACK, Contestant, DoesNotRun, Subject
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcc
-from dcc.evaluate import psnr, ssim
+from dcc.quality import psnr, ssim
 from dcc.passes.costs import CPU_ATTENTION
 from dcc.pipeline import Samples
 
@@ -275,18 +276,21 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def load(name: str) -> dict[str, Any]:
+def load(name: str, suite: str) -> dict[str, Any]:
     """The result file of a pipeline; without rows where there is none yet."""
-    path = measure.RESULTS / f"quality_{name}.json"
+    path = measure.RESULTS / f"{suite}_{name}.json"
     return json.loads(path.read_text()) if path.is_file() else {"rows": []}
 
 
-def run(name: str, prompts: int, only: str, refresh: bool) -> None:
-    """Measures every contestant that has no row yet."""
+def run(name: str, suite: str, prompts: int, only: str, refresh: bool) -> None:
+    """Measures every contestant of a suite that has no row yet."""
     subject = Subject(name)
-    everyone = [*baselines(subject), *methods(subject), *peers(subject)]
+    if suite == "survey":
+        everyone = [*methods(subject), *solver_plans(subject)]
+    else:
+        everyone = [*baselines(subject), *peers(subject)]
     order = {contestant.name: index for index, contestant in enumerate(everyone)}
-    kept = (row for row in load(name)["rows"] if row["weights"] == subject.weights and row["name"] in order)
+    kept = (row for row in load(name, suite)["rows"] if row["weights"] == subject.weights and row["name"] in order)
     rows = {row["name"]: row for row in kept}
     todo = [c for c in everyone if re.search(only, c.name) and (refresh or not _holds(rows.get(c.name), c, prompts))]
     if not todo:
@@ -306,7 +310,7 @@ def run(name: str, prompts: int, only: str, refresh: bool) -> None:
             "slack": SLACK,
             "rows": sorted(rows.values(), key=lambda row: order[row["name"]]),
         }
-        measure.write(f"quality_{name}", facts)
+        measure.write(f"{suite}_{name}", facts)
 
 
 def _holds(row: dict[str, Any] | None, contestant: Contestant, prompts: int) -> bool:
@@ -328,9 +332,9 @@ def best(rows: Sequence[dict[str, Any]], budget: float) -> list[dict[str, Any]]:
     return sorted(chosen.values(), key=lambda row: -row["psnr"])
 
 
-def table(name: str) -> None:
+def table(name: str, suite: str) -> None:
     """Prints, for every budget, the best of each family."""
-    data = load(name)
+    data = load(name, suite)
     console = Console(width=160)
     for budget in BUDGETS:
         shown = Table("family", "best", "speed-up", "PSNR", "worst", "SSIM", "PSNR before the clamp", "worst")
@@ -351,7 +355,7 @@ def table(name: str) -> None:
         console.print(f"{label} {', '.join(budgets)}: {reason}", highlight=False)
 
 
-def plot(name: str, path: str) -> None:
+def plot(name: str, suite: str, path: str) -> None:
     """Draws PSNR against FLOPs speed-up, the best settings of each family as one line."""
     import matplotlib
 
@@ -359,7 +363,7 @@ def plot(name: str, path: str) -> None:
     from matplotlib import pyplot
 
     families: dict[str, list[tuple[float, float]]] = {}
-    for row in load(name)["rows"]:
+    for row in load(name, suite)["rows"]:
         if row.get("speedup", 0.0) > 1.0 and row["family"] != "uncached":
             families.setdefault(row["family"], []).append((row["speedup"], row["psnr"]))
     figure, axes = pyplot.subplots(figsize=(11, 7))
@@ -382,6 +386,7 @@ def plot(name: str, path: str) -> None:
 def main(
     pipeline: Annotated[str, typer.Argument(help="mmdit or unet")],
     prompts: Annotated[int, typer.Option(help="test prompts")] = 64,
+    survey: Annotated[bool, typer.Option(help="the survey's methods in dcc, in a result file of their own")] = False,
     only: Annotated[str, typer.Option(help="contestants whose name matches this")] = "",
     refresh: Annotated[bool, typer.Option(help="measure rows again that are there")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads, 0 for torch's own choice")] = 0,
@@ -389,18 +394,19 @@ def main(
     draw: Annotated[str, typer.Option("--plot", help="draw the result file to this image; measure nothing")] = "",
 ) -> None:
     """Measures, prints or draws."""
+    suite = "survey" if survey else "quality"
     if show or draw:
         if show:
-            table(pipeline)
+            table(pipeline, suite)
         if draw:
-            plot(pipeline, draw)
+            plot(pipeline, suite, draw)
         return
     if threads:
         torch.set_num_threads(threads)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    run(pipeline, prompts, only, refresh)
+    run(pipeline, suite, prompts, only, refresh)
 
 
 if __name__ == "__main__":
