@@ -26,23 +26,27 @@ RANGE = re.compile(r"^blocks\[(\d+):(\d+)\]$")
 GROUPS = {
     "blocks": "the residual of each block, one site a block",
     "branches": "every branch output before its gate",
+    "innermost": "every branch output before its gate, but for branches that hold others",
     "attn": "every attention branch output before its gate",
     "self": "every self-attention branch output before its gate",
     "cross": "every cross-attention branch output before its gate",
     "mlp": "every MLP branch output before its gate",
     "joint": "every output of an attention and an MLP that one projection joins",
     "heads": "every attention output before such a projection",
+    "linears": "every linear layer inside the blocks whose input moves with the sample",
 }
 BRANCH_KINDS = {
     "branches": None,
+    "innermost": None,
     "attn": ("attn", "cross", "attn+mlp"),
     "self": ("attn",),
     "cross": ("cross",),
     "mlp": ("mlp",),
     "joint": ("attn+mlp",),
 }
-INNERMOST = ("self", "cross")  # groups without branches that hold other branches, as a U-Net's transformers do
+INNERMOST = ("innermost", "self", "cross")  # without branches that hold others, as a U-Net's transformers do
 AFTER = re.compile(r"^after:(\d+)$")
+LINEAR = "linear"  # kind of the sites linear:<path>, which are found when first asked for
 PROBE = "probe"  # kind of the sites that are looked at, not cached
 MIN_CUT = 0.05  # a concatenation that saves less is no skip connection worth a site
 
@@ -67,6 +71,7 @@ class Sites:
     flops: int = 0
     costs: dict[str, Cost] = field(default_factory=dict)
     named: dict[str, Site] = field(default_factory=dict)
+    linears: dict[str, Site] = field(default_factory=dict)  # not among the named: there are too many to list
     order: list[Block] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Site]:
@@ -86,6 +91,8 @@ class Sites:
                 self.named[name] = site
         if name not in self.named and (match := AFTER.match(name)) and int(match[1]) < len(self.order):
             self.named[name] = _Finder(self).value_behind(name, self.order[int(match[1])])
+        if name.startswith(f"{LINEAR}:") and name in (layers := self._linears()):
+            return layers[name]
         if name not in self.named and name.endswith("/heads"):
             if (site := _Finder(self).heads(name)) is not None:
                 self.named[name] = site
@@ -105,10 +112,12 @@ class Sites:
             found = tuple(self.named[b.path] for b in self.order if b.path in self.named)
         elif name in BRANCH_KINDS:
             kinds = BRANCH_KINDS[name]
-            found = tuple(s for s in self if "/" in s.name and (kinds is None or s.kind in kinds))
+            found = tuple(s for s in self if s.kind in kinds) if kinds else self._branches()
             if name in INNERMOST:
-                units = [s.name.rpartition("/")[0] for s in self if "/" in s.name]
+                units = [s.name.rpartition("/")[0] for s in self._branches()]
                 found = tuple(s for s in found if not any(u.startswith(s.name.rpartition("/")[0] + ".") for u in units))
+        elif name == "linears":
+            found = tuple(self._linears().values())
         elif name == "heads":
             found = tuple(self[f"{s.name.removesuffix('/attn+mlp')}/heads"] for s in list(self) if s.kind == "attn+mlp")
         else:
@@ -118,6 +127,10 @@ class Sites:
                 f"this denoiser has no sites in the group {name!r} ({GROUPS[name]}); it has: {', '.join(self.named)}"
             )
         return found
+
+    def _branches(self) -> tuple[Site, ...]:
+        """All branches; not what lies inside them, which is named when first asked for."""
+        return tuple(s for s in self if "/" in s.name and s.kind != "heads")
 
     def share(self, site: Site) -> float:
         """Share of the call's FLOPs that a forecast of the site saves."""
@@ -143,6 +156,11 @@ class Sites:
                 highlight=False,
             )
         return root
+
+    def _linears(self) -> dict[str, Site]:
+        if not self.linears and self.order:
+            self.linears.update((site.name, site) for site in _Finder(self).linears())
+        return self.linears
 
     def _range(self, name: str, start: int, stop: int) -> Site | None:
         """The residual of blocks start..stop-1; None where the range is empty or too long."""
@@ -286,6 +304,18 @@ class _Finder:
                 count = counts[branch.kind] = counts.get(branch.kind, 0) + 1
                 label = branch.kind if count == 1 else f"{branch.kind}.{count - 1}"
                 self.add(f"{unit.path}/{label}", branch.kind, [Port(branch.value.name)])
+
+    def linears(self) -> list[Site]:
+        """Outputs of the linear layers inside the blocks, over tokens or pixels that move with the sample."""
+        inside = frozenset().union(*(block.nodes for block in self.sites.order))
+        moved = self.flow.depends_on([self.sample])
+        found: dict[str, Node] = {}
+        for node in self.graph_module.graph.nodes:
+            if node.name in inside & moved and op_name(node) == "linear" and len(self.costs[node.name].shape) > 2:
+                path = (block_analysis.paths(node) or [node.name])[-1]
+                count = sum(name.split("#")[0] == path for name in found)
+                found[f"{path}#{count}" if count else path] = node
+        return [self.site(f"{LINEAR}:{path}", LINEAR, [Port(node.name)]) for path, node in found.items()]
 
     def heads(self, name: str) -> Site | None:
         """What the attention gives to the projection that its branch shares with an MLP; found when first asked for."""

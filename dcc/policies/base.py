@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from dcc.errors import PolicyError, SiteError
+from dcc.errors import PolicyError, SettingError, SiteError
 from dcc.predictors import Predictor, Switched, Table
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ class Setting:
     @staticmethod
     def _given(value: Any, what: str) -> Any:
         if value is None:
-            raise PolicyError(f"this policy needs {what}, which is not at hand here; name it in dcc.compile")
+            raise SettingError(f"this policy needs {what}, which is not at hand here; name it in dcc.compile")
         return value
 
 
@@ -140,6 +142,18 @@ class Method:
     def parameters(self) -> list[str]:
         """Its keyword parameters."""
         return [p.name for p in inspect.signature(self.make).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+    @property
+    def defaults(self) -> dict[str, str]:
+        """Its keyword parameters with their defaults as text; "required" where there is none."""
+        signature = inspect.signature(self.make).parameters
+        keywords = [p for p in signature.values() if p.kind is p.KEYWORD_ONLY]
+        return {p.name: "required" if p.default is p.empty else repr(p.default) for p in keywords}
+
+    def facts(self) -> dict[str, Any]:
+        """Its row of the table, as plain values."""
+        fields = ("name", "title", "kind", "sites", "trigger", "predictor", "needs", "syncs", "source", "checked")
+        return {name: getattr(self, name) for name in fields} | {"parameters": self.defaults}
 
     def __call__(self, setting: Setting, **parameters: Any) -> Policy:
         return self.make(setting, **parameters)
@@ -184,7 +198,7 @@ def given_mask(setting: Setting, steps_mask: Sequence[int]) -> tuple[int, ...]:
 
 
 def masked(setting: Setting, sites: Sequence[str], mask: Sequence[Sequence[int]] | str) -> Policy:
-    """Copies of `sites` under a mask of steps x sites, as nested lists or the path of a .json file that holds them.
+    """Copies of `sites` under a mask of steps x sites, as nested lists or the path of a file that holds them.
 
     Raises PolicyError for a file that cannot be read, a wrong shape, other values, or a first step that is not
     computed.
@@ -202,14 +216,23 @@ def masked(setting: Setting, sites: Sequence[str], mask: Sequence[Sequence[int]]
 
 
 def read_table(table: Sequence[Sequence[float]] | str) -> list[list[float]]:
-    """Rows of a table given as nested lists or as the path of a .json file. Raises PolicyError for anything else."""
+    """Rows of a table given as nested lists, or as the path of a .json file or of a .safetensors file of one tensor.
+
+    Raises PolicyError for anything else, and for entries that are no numbers.
+    """
     if isinstance(table, str):
+        path, kind = table, "safetensors" if table.endswith(".safetensors") else "JSON"
         try:
-            table = json.loads(Path(table).read_text())
-        except (OSError, ValueError) as error:
-            raise PolicyError(f"mask={table!r}: cannot be read as JSON: {error}") from error
+            if kind == "safetensors":
+                (table,) = (tensor.tolist() for tensor in load_file(path).values())
+            else:
+                table = json.loads(Path(path).read_text())
+        except (OSError, ValueError, SafetensorError) as error:
+            raise PolicyError(f"mask={path!r}: cannot be read as one {kind} table: {error}") from error
     if not isinstance(table, Sequence) or not all(isinstance(row, Sequence) for row in table):
-        raise PolicyError("mask must be a list of rows, one a step, or the path of a .json file that holds one")
+        raise PolicyError("mask must be a list of rows, one a step, or a .json or .safetensors file that holds one")
+    if any(not isinstance(value, (int, float)) for row in table for value in row):
+        raise PolicyError("mask must hold numbers only, one a step and branch")
     return [list(row) for row in table]
 
 
@@ -219,12 +242,22 @@ def gram_of(setting: Setting, site: str) -> np.ndarray:
     return profile.gram[:, profile.sites.index(site)].sum(0).numpy()
 
 
-def distances(setting: Setting, site: str) -> np.ndarray:
-    """Relative L2 distance [anchor, step] of a site's values to those of the step, over all streams of the profile."""
+def distances(setting: Setting, site: str, relative: bool = True) -> np.ndarray:
+    """L2 distance [anchor, step] of a site's values to those of the step, over all streams of the profile.
+
+    Divided by the norm at the step where `relative`.
+    """
     gram = gram_of(setting, site)
     size = np.diag(gram)
-    squared = size[:, None] + size[None] - 2 * gram
-    return np.sqrt(np.maximum(squared, 0) / np.maximum(size[None], np.finfo(float).tiny))
+    squared = np.maximum(size[:, None] + size[None] - 2 * gram, 0)
+    return np.sqrt(squared / np.maximum(size[None], np.finfo(float).tiny) if relative else squared)
+
+
+def similarity(setting: Setting, site: str) -> np.ndarray:
+    """Cosine [step, step] of a site's values, over all streams of the profile; 0 where one is zero."""
+    gram = gram_of(setting, site)
+    norms = np.sqrt(np.diag(gram))
+    return gram / np.maximum(norms[:, None] * norms[None], np.finfo(float).tiny)
 
 
 def whole(least: int = 1, /, **values: int) -> None:

@@ -19,6 +19,7 @@ from dcc.policies.base import (
     masked,
     method,
     read_table,
+    similarity,
     whole,
 )
 from dcc.predictors import Predictor
@@ -219,32 +220,36 @@ def block_caching(setting: Setting, *, delta: float = 0.3) -> Policy:
     "layer_adaptive",
     title="BAC",
     source="arXiv 2506.13456",
-    checked="D",
+    checked="C3",
     sites="branches, each with steps of its own",
     trigger="calibrated: the most similar steps for a number of updates",
     predictor="copy",
     needs="profile",
 )
-def bac(setting: Setting, *, interval: int = 3) -> Policy:
-    """Each branch gets a share of 1 / `interval` update steps, where copies differ least, by dynamic programming.
+def bac(setting: Setting, *, interval: int = 3, bu_blocks: int = 3) -> Policy:
+    """Each branch gets a share of 1 / `interval` update steps, where copies are most similar, by dynamic programming.
 
-    Minimises the sum of relative distances of every step to its last update. The paper joins update steps so that
-    errors of updated blocks do not surge in MLPs behind stale ones and leaves open which; here an MLP is updated
-    wherever attention of its own block is.
+    Maximises the sum of cosines between every step's value and that of its last update. Bubbling union: the
+    `bu_blocks` MLPs whose values differ most between all steps are also updated whenever an MLP behind them is, so
+    that its fresh value is not made from their stale ones. Differences are L2, which the profile holds, where the
+    paper takes L1; an MLP joined with attention counts as one.
     """
     whole(interval=interval)
+    whole(0, bu_blocks=bu_blocks)
     updates = -(-setting.steps // interval)
-    masks = {site.name: _placed(distances(setting, site.name), updates) for site in setting.sites.select("branches")}
-    for name, mask in masks.items():
-        block, _, kind = name.rpartition("/")
-        if kind.startswith("mlp"):
-            above = [other for key, other in masks.items() if key.startswith(f"{block}/attn")]
-            masks[name] = tuple(max(column) for column in zip(mask, *above, strict=True))
+    sites = setting.sites.select("innermost")
+    masks = {site.name: _placed(1 - similarity(setting, site.name), updates) for site in sites}
+    mlps = [site.name for site in sites if site.kind in ("mlp", "attn+mlp")]
+    ranked = sorted(mlps, key=lambda name: -float(np.mean(distances(setting, name, relative=False))))
+    for name in mlps[::-1]:
+        if name in ranked[:bu_blocks]:
+            behind = [masks[other] for other in mlps[mlps.index(name) :]]
+            masks[name] = tuple(map(max, zip(*behind, strict=True)))
     return Policy(tuple(Cached(name, mask) for name, mask in masks.items()))
 
 
 def _placed(distance: np.ndarray, updates: int) -> tuple[int, ...]:
-    """The mask with `updates` ones, the first step among them, that minimises the distances to the last one."""
+    """The mask with `updates` ones, the first step among them, of least sum of distances [anchor, step]."""
     steps = len(distance)
     run = np.array([[distance[a, a:b].sum() if b > a else np.inf for b in range(steps + 1)] for a in range(steps)])
     cost, came = run[0].copy(), [np.zeros(steps + 1, dtype=int)]
@@ -267,12 +272,12 @@ def _placed(distance: np.ndarray, updates: int) -> tuple[int, ...]:
     sites="branches",
     trigger="learned mask",
     predictor="copy",
-    needs="a learned mask",
+    needs="learned mask",
 )
 def l2c(setting: Setting, *, mask: Sequence[Sequence[float]] | str, threshold: float = 0.1) -> Policy:
     """Runs a mask that Learning-to-Cache has trained: steps x branches, routers in [0, 1], reused above `threshold`.
 
-    Nested lists or the path of a .json file; branches in execution order.
+    Nested lists or the path of a .json or .safetensors file; branches in execution order.
     """
     return learned(setting, mask, lambda router: int(not router > threshold))
 
@@ -285,7 +290,7 @@ def l2c(setting: Setting, *, mask: Sequence[Sequence[float]] | str, threshold: f
     sites="branches",
     trigger="learned mask",
     predictor="copy",
-    needs="a learned mask",
+    needs="learned mask",
 )
 def harmonica(setting: Setting, *, mask: Sequence[Sequence[float]] | str, threshold: float = 0.1) -> Policy:
     """Runs a mask that HarmoniCa has trained along whole trajectories; routers as those of `l2c`."""
@@ -300,7 +305,7 @@ def harmonica(setting: Setting, *, mask: Sequence[Sequence[float]] | str, thresh
     sites="branches",
     trigger="learned mask",
     predictor="copy",
-    needs="a learned mask",
+    needs="learned mask",
 )
 def lazydit(setting: Setting, *, mask: Sequence[Sequence[float]] | str, threshold: float = 0.5) -> Policy:
     """Runs the gates that LazyDiT has trained, as a table: steps x branches, computed from `threshold` on.
@@ -330,12 +335,12 @@ def feb_cache(setting: Setting, *, interval: int = 3, table: Sequence[int] | Non
     whole(interval=interval)
     steps = range(setting.steps)
     rule = [0 if s % interval == 0 else 1 if s % interval == interval - 1 else 2 for s in steps]
-    chosen = rule if table is None else list(table)
+    chosen = rule if table is None else list(table) if isinstance(table, Sequence) else []
     if len(chosen) != setting.steps or set(chosen) - {0, 1, 2} or chosen[0] != 0:
         raise PolicyError(f"table must be {setting.steps} numbers 0, 1 or 2, one a step, the first of them 0")
     attention = tuple(int(value == 0) for value in chosen)
     mlp = tuple(int(value != 2) for value in chosen)
-    groups = [("self", attention), ("heads", attention), ("cross", attention), ("mlp", mlp)]
+    groups = [("self", attention), ("heads", attention), ("cross", attention), ("mlp", mlp), ("joint", mlp)]
     caches = [Cached(site, mask) for site, mask in groups if setting.has(site)]
     if not caches:
         raise PolicyError("feb_cache needs branches on a residual stream; this denoiser shows none")
@@ -344,10 +349,6 @@ def feb_cache(setting: Setting, *, interval: int = 3, table: Sequence[int] | Non
 
 def learned(setting: Setting, mask: Sequence[Sequence[float]] | str, compute: Callable[[float], int]) -> Policy:
     """The policy of a table of routers or gates, steps x branches; the first step computes whatever it says."""
-    sites = [site.name for site in setting.sites.select("branches")]
-    table = read_table(mask)
-    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for row in table for v in row):
-        raise PolicyError("mask must hold numbers only")
-    return masked(
-        setting, sites, [[1] * len(row) if s == 0 else list(map(compute, row)) for s, row in enumerate(table)]
-    )
+    sites = [site.name for site in setting.sites.select("innermost")]
+    rows = enumerate(read_table(mask))
+    return masked(setting, sites, [[1] * len(row) if s == 0 else list(map(compute, row)) for s, row in rows])

@@ -52,14 +52,14 @@ def interval(
     predictor="copy",
 )
 def deepcache(
-    setting: Setting, *, interval: int = 3, branch: int = 0, center: float | None = None, power: float = 1.2
+    setting: Setting, *, interval: int = 3, branch: int = 0, center: int | None = None, power: float = 1.2
 ) -> Policy:
     """Computes a U-Net below its `branch`-th skip (0 the outermost) at every `interval`-th step only.
 
     With `center` (a step), as many full steps are spread unevenly, denser around it: evenly in the `power`-th root of
-    the signed distance, as in the released non-uniform variant.
+    the distance to it, as in the released non-uniform variant.
     """
-    whole(interval=interval)
+    mask = every(setting, interval)
     whole(0, branch=branch)
     site = f"cut:{branch}"
     if site not in setting.sites:
@@ -68,13 +68,26 @@ def deepcache(
             f"deepcache needs a U-Net with a skip connection {branch}; "
             + (f"this one has others, e.g. {', '.join(cuts)}" if cuts else "this denoiser has none")
         )
-    mask = every(setting, interval)
-    if center is not None:
-        between(1.0, 5.0, power=power)
-        ends = [math.copysign(abs(x) ** (1 / power), x) for x in (-center, setting.steps - 1 - center)]
-        roots = np.linspace(*ends, max(2, -(-setting.steps // interval)))
-        mask = listed(setting, sorted({int(center + math.copysign(abs(r) ** power, r) + 0.5) for r in roots}))
+    if center is not None and interval > 1:
+        mask = listed(setting, around(setting.steps, sum(mask), center, power))
     return Policy((Cached(site, mask),))
+
+
+def around(steps: int, count: int, center: int, power: float) -> list[int]:
+    """Step 0 and `count` - 1 others, denser around `center`, as DeepCache's released non-uniform variant spreads them.
+
+    Evenly spaced roots between those of the run's ends, back to their powers; before the centre the roots are complex
+    and the powers' real parts are taken. `power` is lowered by 0.02 until no two steps agree.
+    """
+    between(1, steps - 1, center=center)
+    between(1.0, 5.0, power=power)
+    whole(center=center)
+    for lowered in np.arange(power, 1, -0.02):
+        roots = np.linspace(complex(-center) ** (1 / lowered), (steps - center) ** (1 / lowered), count + 1)
+        distances_to = np.unique((roots**lowered).real.astype(int))[1:-1]
+        if len(distances_to) == count - 1:
+            return [0, *(center + int(distance) for distance in distances_to)]
+    raise PolicyError(f"no {count} of {steps} steps are denser around center={center}; try power= above {power:g}")
 
 
 @method(
@@ -139,7 +152,7 @@ def delta_dit(setting: Setting, *, interval: int = 2, share: float = 0.5, bounda
     """Caches what a range of blocks adds: the rear ones before the `boundary` share of steps, the front ones after it.
 
     Early steps draw outlines, which front blocks make, and late steps details. The paper tunes how many blocks are
-    cached; here `share` of them.
+    cached; here `share` of them. Refuses blocks that are not on one residual stream, as a U-Net's.
     """
     between(0.0, 1.0, share=share, boundary=boundary)
     blocks = setting.numbered(2)
@@ -147,7 +160,11 @@ def delta_dit(setting: Setting, *, interval: int = 2, share: float = 0.5, bounda
     mask, late = every(setting, interval), round(boundary * setting.steps)
     rear = tuple(full if s < late else 1 for s, full in enumerate(mask))
     front = tuple(full if s >= late else 1 for s, full in enumerate(mask))
-    return Policy((Cached(f"blocks[{blocks - count}:{blocks}]", rear), Cached(f"blocks[0:{count}]", front)))
+    ranges = (f"blocks[{blocks - count}:{blocks}]", f"blocks[0:{count}]")
+    for name in ranges:
+        if setting.sites[name].kind != "residual":
+            raise PolicyError(f"delta_dit caches what blocks add to a residual stream; {name} does not end on its own")
+    return Policy((Cached(ranges[0], rear), Cached(ranges[1], front)))
 
 
 @method(
@@ -174,7 +191,7 @@ def pab(
     """
     whole(attention=attention, cross=cross)
     whole(0, mlp=mlp)
-    low, high = window
+    low, high = _ends(window)
     scale = 1000 if max(setting.levels) <= 1.0 + 1e-6 else 1
     inside = [low < level * scale < high for level in setting.levels]
     caches = []
@@ -238,12 +255,15 @@ def blockdance(
     """Skips the blocks up to the one at `depth` and computes the rest from its last value, late in the run.
 
     In groups of `interval` steps inside the `window` (shares of the run: 0.25 or 0.40 to 0.95 in the paper) the first
-    computes all. The paper's block 20 of 28 is a depth of 0.7. Its learned variant is left out.
+    computes all. The paper's block 20 of 28 is a depth of 0.7. Its learned variant is left out. Refuses skip
+    connections, which carry what the skipped blocks give past that one.
     """
     whole(interval=interval)
     between(0.0, 1.0, depth=depth)
-    low, high = (share * setting.steps for share in window)
+    low, high = (share * setting.steps for share in _ends(window))
     blocks = setting.numbered(2)
+    if "cut:0" in setting.sites:
+        raise PolicyError("blockdance skips the first blocks, whose values this denoiser's skip connections need later")
     index = min(max(0, math.ceil(depth * blocks) - 1), blocks - 2)
     start = math.ceil(low)
     mask = tuple(int(s == 0 or not low <= s < high or (s - start) % interval == 0) for s in range(setting.steps))
@@ -258,7 +278,7 @@ def blockdance(
     sites="all blocks but the first and last",
     trigger="every N-th step in a window of timesteps",
     predictor="copy",
-    needs="a model trained with long skips",
+    needs="long skips",
 )
 def skip_dit(setting: Setting, *, interval: int = 2, window: Sequence[float] = (50, 700)) -> Policy:
     """Computes the first and last block at every step and the others at every `interval`-th, inside the `window`.
@@ -268,7 +288,7 @@ def skip_dit(setting: Setting, *, interval: int = 2, window: Sequence[float] = (
     """
     whole(interval=interval)
     blocks = setting.numbered(3)
-    low, high = window
+    low, high = _ends(window)
     scale = 1000 if max(setting.levels) <= 1.0 + 1e-6 else 1
     mask = [int(s % interval == 0 or not low < t * scale < high) for s, t in enumerate(setting.levels)]
     return Policy((Cached(f"blocks[1:{blocks - 1}]", tuple(mask)),))
@@ -282,7 +302,7 @@ def skip_dit(setting: Setting, *, interval: int = 2, window: Sequence[float] = (
     sites="branches, each with steps of its own",
     trigger="searched mask",
     predictor="copy",
-    needs="search on the calibration prompts, or a mask",
+    needs="search or mask",
 )
 def ecad(
     setting: Setting,
@@ -300,7 +320,7 @@ def ecad(
     Pareto set of speed and quality; here one share of computed entries is held. `mask` (steps x branches, nested lists
     or a .json file) skips the search.
     """
-    sites = [site.name for site in setting.sites.select("branches")]
+    sites = [site.name for site in setting.sites.select("innermost")]
     if mask is not None:
         return masked(setting, sites, mask)
     between(1.0, setting.steps, speedup=speedup)
@@ -409,3 +429,13 @@ def ditfastattn(setting: Setting, *, delta: float = 0.05) -> Policy:
 def _measured(setting: Setting, name: str) -> str:
     """The site of the profile that speaks for this one: joined heads are measured with their MLP."""
     return name if name in setting.profile.sites else name.replace("/heads", "/attn+mlp")
+
+
+def _ends(window: Sequence[float]) -> tuple[float, float]:
+    """From where to where a window goes. Raises PolicyError for anything but two numbers in order."""
+    if not isinstance(window, Sequence) or len(window) != 2 or isinstance(window, str):
+        raise PolicyError(f"window={window!r} must be two numbers, from and to")
+    low, high = window
+    between(-math.inf, math.inf, window=low)
+    between(low, math.inf, window=high)
+    return low, high
