@@ -39,9 +39,9 @@ from subjects import BUDGETS, SLACK, Contestant, DoesNotRun, Subject
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcc
-from dcc.quality import psnr, ssim
 from dcc.passes.costs import CPU_ATTENTION
 from dcc.pipeline import Samples
+from dcc.quality import psnr, ssim
 
 SEED = 1000  # of the first test prompt
 CALIBRATION_SEED = 0

@@ -1,4 +1,4 @@
-"""Writes the README's measured tables from benchmarks/results/, between their markers.
+"""Writes the measured tables of README.md and dcc/policies/README.md from benchmarks/results/, between their markers.
 
 python benchmarks/readme.py
 """
@@ -6,12 +6,14 @@ python benchmarks/readme.py
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+POLICIES_README = HERE.parent / "dcc" / "policies" / "README.md"
 DENOISERS = {
     "mmdit": "multimodal DiT, 3 double and 5 single blocks, flow matching, 28 steps",
     "unet": "U-Net with cross-attention, guidance merged in the batch, DDIM, 50 steps",
@@ -103,6 +105,61 @@ def promise(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def conformance(data: dict[str, Any]) -> str:
+    """Whether policies decide and draw as other libraries' own implementations."""
+    lines = [
+        f"On {data['prompts']} test prompts, one at a time; images of 100 dB and more are equal to float rounding:",
+        "",
+        "| library's own | pipeline | settings | policy | same steps computed | PSNR between the two |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items() if value != "")
+        same = "yes" if row.get("same_decisions") else "no"
+        between = "over 100 dB" if row.get("psnr_between", 0) >= 100 else f"{row.get('psnr_between', math.nan):.1f} dB"
+        verdict = f"{same} | {between}" if "error" not in row else f"- | {row['error']}"
+        lines.append(f"| {row['peer']} | `{row['pipeline']}` | {settings} | `{row['policy']}` | {verdict} |")
+    return "\n".join(lines)
+
+
+def survey(results: list[dict[str, Any]]) -> str:
+    """The best method of every class of the survey at some ratios of FLOPs, and the searched plan."""
+    lines = ["| pipeline | class | 2x | 3x | 5x |", "|---|---|---|---|---|"]
+    for data in results:
+        families = dict.fromkeys(row["family"] for row in data["rows"])
+        for family in families:
+            cells = []
+            for budget in (2, 3, 5):
+                fitting = [r for r in data["rows"] if r["family"] == family and r.get("speedup", 0) >= 0.98 * budget]
+                best = max(fitting, key=lambda row: row["psnr"], default=None)
+                named = "" if best is None or family == "dcc solver" else f" ({best['name'].split(' ')[0]})"
+                cells.append(f"{best['psnr']:.1f} dB{named}" if best else "-")
+            label = "searched plan" if family == "dcc solver" else family.removeprefix("survey: ").replace("_", "-")
+            lines.append(f"| `{data['pipeline']}` | {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def methods(results: list[dict[str, Any]]) -> str:
+    """Every method: what it is, and what it reaches on both pipelines, or why it does not run."""
+    from dcc.policies import POLICIES
+
+    names = [data["pipeline"] for data in results]
+    lines = [
+        "| method | policy | class | decided by | forecast | source | checked | " + " | ".join(names) + " |",
+        "|---|---|---|---|---|---|---|" + "---|" * len(names),
+    ]
+    for method in POLICIES.values():
+        cells = []
+        for data in results:
+            rows = [row for row in data["rows"] if row["parameters"].get("policy") == method.name]
+            rows = rows or [row for row in data["rows"] if row["name"].split(" ")[0] == method.title]
+            run = [f"{row['speedup']:.2f}x {row['psnr']:.1f} dB" for row in rows if "speedup" in row]
+            cells.append("; ".join(run) or (f"refuses: {rows[0]['reason']}" if rows else "needs trained weights"))
+        facts = (method.kind.replace("_", "-"), method.trigger, method.predictor, method.source, method.checked)
+        lines.append(f"| {method.title} | `{method.name}` | {' | '.join(facts)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def replace(text: str, name: str, table: str) -> str:
     """`text` with the part between the markers of `name` replaced. Raises ValueError where they are missing."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -125,6 +182,14 @@ def main() -> None:
     target = HERE / "results" / "promise.json"
     if target.exists():
         text = replace(text, "promise", promise(json.loads(target.read_text())))
+    peers = HERE / "results" / "conformance.json"
+    if peers.exists():
+        text = replace(text, "conformance", conformance(json.loads(peers.read_text())))
+    measured = [HERE / "results" / f"survey_{name}.json" for name in DENOISERS]
+    if all(file.exists() for file in measured):
+        results = [json.loads(file.read_text()) for file in measured]
+        text = replace(text, "survey", survey(results))
+        POLICIES_README.write_text(replace(POLICIES_README.read_text(), "methods", methods(results)))
     README.write_text(text)
 
 
