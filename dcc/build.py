@@ -9,10 +9,12 @@ from typing import Any
 
 from dcc.capture import Captured
 from dcc.errors import PlanError
+from dcc.forms import form_of
 from dcc.lower import Variant
 from dcc.observe import Observer
-from dcc.passes.base import GUIDANCE, Row, Site
+from dcc.passes.base import GUIDANCE, Form, Row, Site
 from dcc.passes.dataflow import Dataflow
+from dcc.passes.forms import constants
 from dcc.passes.graph import copy_of, output_node
 from dcc.plan import Plan, with_costs
 from dcc.refresh import refresh_flops, refreshes, state_bytes
@@ -38,6 +40,7 @@ def cost(plan: Plan, sites: Sites) -> Plan:
                     )
     flow = Dataflow(sites.captured.graph_module)
     forms = _used_forms(plan)
+    _ = _row_forms(plan, selected)  # raises where one does not fit its sites
     flops = {row: row_flops(flow, sites, selected, row, forms) for row in plan.rows}
     priced = with_costs(plan, flops, sum(site.bytes for group in selected for site in group))
     return replace(priced, cache_bytes=priced.cache_bytes + state_bytes(selected, forms))
@@ -68,6 +71,7 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
         graphs = TriggerGraphs(captured, plan, sites, selected, make)
         return Family(captured, selected, {}, graphs)
     cached = [any(row[k] != 1 for row in plan.schedule) for k in range(len(plan.sites))]
+    forms = _row_forms(plan, selected)
     variants = {}
     for index, decisions in enumerate(plan.rows):
         row = Row(
@@ -75,6 +79,7 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
             forecast=tuple(selected[k] for k, d in enumerate(decisions) if d != 1),
             anchors=plan.anchors,
             refreshed=refreshes(sites, selected, _used_forms(plan), decisions),
+            forms=tuple(form for form, d in zip(forms, decisions, strict=True) if d != 1),
         )
         variants[decisions] = variant(captured, row, f"row{index}", observer)
     return Family(captured, selected, variants)
@@ -83,6 +88,12 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
 def _used_forms(plan: Plan) -> list[dict[str, Any]]:
     """The plan's forms, empty for sites that every step computes."""
     return [form if any(row[k] != 1 for row in plan.schedule) else {} for k, form in enumerate(plan.forms)]
+
+
+def _row_forms(plan: Plan, selected: Sequence[Sequence[Site]]) -> list[Form | None]:
+    """How passes forecast the sites of each selector. Raises PlanError where a form does not fit its sites."""
+    forms = _used_forms(plan) or [{}] * len(plan.sites)
+    return [form_of(*each) for each in zip(forms, selected, plan.sites, strict=True)]
 
 
 def _made(captured: Captured, observer: Observer, row: Row, name: str) -> Variant:
@@ -96,4 +107,5 @@ def variant(captured: Captured, row: Row, name: str, observer: Observer) -> Vari
     observer.run_all(graph_module, row, name)
     names = [node.name for node in output_node(graph_module).args[0]]
     inputs = tuple(node.name for node in graph_module.graph.nodes if node.op == "placeholder")
-    return Variant(name, graph_module, inputs, own, tuple(names[own:]))
+    own_constants = tuple(constant for constant in constants(row) if constant.name in inputs)
+    return Variant(name, graph_module, inputs, own, tuple(names[own:]), own_constants)

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from dcc.errors import LoweringError
 from dcc.passes.base import state_of
+from dcc.passes.forms import Constant
 from dcc.passes.graph import copy_of
 
 BACKENDS = ("inductor", "eager")
@@ -33,6 +34,7 @@ class Variant:
     inputs: tuple[str, ...]
     outputs: int
     writes: tuple[str, ...] = ()
+    constants: tuple[Constant, ...] = ()  # inputs that its forecasts need besides anchors and coefficients
 
     @property
     def states(self) -> tuple[str, ...]:

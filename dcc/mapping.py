@@ -61,8 +61,14 @@ def coefficients(plan: Plan, selector: int, now: float, anchors: Sequence[float]
 
     Linear extrapolation from where the anchors of this run really stand, plus what the plan's own weights add to the
     linear extrapolation of its anchors at this noise level. Measured against moving all weights so that polynomials
-    are kept, and against polynomials alone, on a plan for 28 steps at 20 and 40: this was the best at both.
+    are kept, and against polynomials alone, on a plan for 28 steps at 20 and 40: this was the best at both. A form of
+    several parts has the weights of each, one behind another.
     """
+    parts = range(plan.parts(selector))
+    return [weight for part in parts for weight in _coefficients(plan, selector, part, now, anchors)]
+
+
+def _coefficients(plan: Plan, selector: int, part: int, now: float, anchors: Sequence[float]) -> list[float]:
     computed = [step for step, row in enumerate(plan.schedule) if row[selector] == 1]
     begin = max((step for step in computed if step <= anchors[0] + 0.5), default=computed[0])
     gap = range(begin + 1, min((s for s in computed if s > begin), default=plan.steps))
@@ -72,17 +78,17 @@ def coefficients(plan: Plan, selector: int, now: float, anchors: Sequence[float]
     if gap:  # else neighbouring anchors in the plan: this run steps more finely
         low, high = (min(max(step, gap[0]), gap[-1]) for step in (math.floor(now), math.ceil(now)))
         share = min(max(now - low, 0.0), 1.0) if high > low else 0.0
-        added = (1 - share) * _added(plan, selector, low) + share * _added(plan, selector, high)
+        added = (1 - share) * _added(plan, selector, part, low) + share * _added(plan, selector, part, high)
         if len(anchors) < plan.anchors:
             added[len(anchors) :] = 0.0
         weights += added
     return weights[: min(len(anchors), plan.anchors)].tolist()
 
 
-def _added(plan: Plan, selector: int, step: int) -> np.ndarray:
+def _added(plan: Plan, selector: int, part: int, step: int) -> np.ndarray:
     """The plan's weights at a forecast step less those of linear extrapolation, padded to the plan's anchors."""
     own = np.zeros(plan.anchors)
-    values = plan.coefficients[step][selector]
+    values = plan.weights(step, selector)[part]
     own[: len(values)] = values
     near = plan.anchor_steps(step, selector)[: min(2, plan.anchors)]
     own[: len(near)] -= newton(step, near)

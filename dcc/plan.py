@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dcc.errors import PlanError, PolicyError
+from dcc.forms import flat, form_problem, rows_of, split
 from dcc.predictors import Predictor
-from dcc.refresh import form_problem, has_tokens
+from dcc.refresh import has_tokens
 from dcc.triggers import Trigger, trigger_of
 
 VERSION = 1
@@ -29,7 +30,7 @@ class Plan:
     the timestep values the denoiser is called with, in order. FLOPs are those of one whole run of one stream.
     Where a `trigger` decides at run time, a 1 is a step that computes whatever it says, coefficients are empty, and
     `predictors` (one a site) make them when the anchors are known. `forms[k]` says how site k is forecast other than by
-    one combination of whole anchors; it is empty where all are plain.
+    one combination of whole anchors (forms.py); it is empty where all are plain.
     `measured` is what the solver saw on prompts it had not fitted to, and `limits` the forecast error at each anchor
     above which a prompt is harder than those it was made for (guard.py); both are empty for a policy.
     """
@@ -63,7 +64,8 @@ class Plan:
     def anchors(self) -> int:
         """J: the largest number of anchors that any forecast reads, at least 1."""
         needed = [Predictor.of(data).anchors for data in self.predictors]
-        return max([*needed, *(len(c) for row in self.coefficients for c in row)], default=1) or 1
+        lengths = [len(c) // self.parts(k) for row in self.coefficients for k, c in enumerate(row)]
+        return max([*needed, *lengths], default=1) or 1
 
     @property
     def steps_mask(self) -> list[int]:
@@ -87,6 +89,14 @@ class Plan:
         if not self.flops_uncached:
             return self.steps / max(sum(self.steps_mask), 1)
         return self.flops_uncached / self.flops if self.flops else math.inf
+
+    def parts(self, selector: int) -> int:
+        """How many forecasts the selector's form makes one of: rows of coefficients, one behind another."""
+        return rows_of(self.forms[selector]) if self.forms else 1
+
+    def weights(self, step: int, selector: int) -> list[tuple[float, ...]]:
+        """The coefficients of a step by rows, each newest anchor first; empty rows where the step computes."""
+        return split(self.coefficients[step][selector], self.parts(selector))
 
     def anchor_steps(self, step: int, selector: int) -> list[int]:
         """Steps before `step` at which the selector's sites were computed, newest first, as many as are kept."""
@@ -173,9 +183,9 @@ def make_plan(
             if computed != 1 and not anchors:
                 raise PlanError(f"step {step} forecasts {sites[k]!r} before any step computed it; compute step 0")
             free = computed == 1 or trigger is not None
-            values.append(() if free else tuple(predictors[k].coefficients(step, anchors)))
+            values.append(() if free else flat(forms[k] if forms else {}, predictors[k], step, anchors))
         coefficients.append(tuple(values))
-    plain = json.loads(json.dumps(parameters))  # as a file would give them back
+    plain, forms = json.loads(json.dumps([parameters, list(forms)]))  # as a file would give them back
     return Plan(
         model,
         scheduler,
@@ -187,7 +197,7 @@ def make_plan(
         plain,
         predictors=tuple(p.as_json() for p in predictors) if trigger is not None else (),
         trigger=trigger.as_json() if trigger is not None else {},
-        forms=tuple(dict(form) for form in forms) if any(forms) else (),
+        forms=tuple(forms) if any(forms) else (),
     )
 
 
@@ -277,7 +287,7 @@ def _check_table(plan: Plan, require: Callable[[bool, str, str], None]) -> None:
     for form in plan.forms:
         problem = form_problem(form)
         require(problem is None, "forms", problem or "")
-        require(not (has_tokens(form) and plan.trigger), "forms", "may have 'tokens' in a static schedule only")
+        require(not (form and plan.trigger), "forms", f"may have {', '.join(form)!r} in a static schedule only")
     whole = [not has_tokens(form) for form in plan.forms or [{}] * width]
     good = all(v in (0, 1) or (v == 2 and not whole[k]) for row in plan.schedule for k, v in enumerate(row))
     require(good, "schedule", "must hold 0 and 1 only, and 2 where the site's form has 'tokens'")
@@ -295,10 +305,12 @@ def _check_table(plan: Plan, require: Callable[[bool, str, str], None]) -> None:
                 require(not values, "coefficients", f"{where} must be empty, because the step computes")
                 computed[k] += 1
             else:
+                parts = plan.parts(k)
+                each = f" for each of {parts} parts" if parts > 1 else ""
                 require(
-                    0 < len(values) <= computed[k],
+                    len(values) % parts == 0 and 0 < len(values) // parts <= computed[k],
                     "coefficients",
-                    f"{where} must be 1 to {computed[k]} numbers, one an anchor",
+                    f"{where} must be 1 to {computed[k]} numbers, one an anchor{each}",
                 )
 
 

@@ -17,9 +17,11 @@ from torch.utils import _pytree as pytree
 from dcc import mapping
 from dcc.capture import Call, Captured, bind, capture
 from dcc.errors import CaptureError, PositionError
+from dcc.forms import split
 from dcc.guard import anchor_error, extra_step
 from dcc.lower import Program, Variant, lower
 from dcc.passes.base import GUIDANCE, STEP, Site, anchor_name, next_name, write_name
+from dcc.passes.forms import Constant
 from dcc.passes.graph import COEFFICIENTS, nodes_by_name
 from dcc.plan import Plan, is_full
 from dcc.predictors import newton
@@ -145,7 +147,8 @@ class CompiledDenoiser(DenoiserProxy):
                 if halved and site.kind != GUIDANCE:
                     _halve(values, site, family.captured, whole)
         if COEFFICIENTS in variant.inputs:
-            values[COEFFICIENTS] = self._coefficients(weights, call)
+            values[COEFFICIENTS] = self._coefficients(self._rows(row, weights), call)
+        values |= {constant.name: self._constant(constant, call) for constant in variant.constants}
         values |= stream.states
         if STEP in variant.inputs:
             values[STEP] = self._number(step, call)
@@ -282,13 +285,13 @@ class CompiledDenoiser(DenoiserProxy):
             self.sessions.count("forecast")
             near = min(2, self.plan.anchors)
             return planned, tuple(
-                tuple(newton(step, self._kept(family, stream, k)[:near]).tolist())
+                tuple(newton(step, self._kept(family, stream, k)[:near]).tolist()) * self.plan.parts(k)
                 for k, computed in enumerate(planned)
                 if computed != 1
             )
         for k, computed in enumerate(planned):
             if computed != 1:
-                needed = self.plan.anchor_steps(int(step), k)[: len(self.plan.coefficients[int(step)][k])]
+                needed = self.plan.anchor_steps(int(step), k)[: len(self.plan.weights(int(step), k)[0])]
                 if any(stream.steps(site.name)[: len(needed)] != needed for site in family.selectors[k]):
                     if (
                         stream.step >= 0 and int(stream.step) < step - 1
@@ -350,6 +353,21 @@ class CompiledDenoiser(DenoiserProxy):
     def _planned(self, step: int, row: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
         """The plan's coefficients of the selectors that `row` forecasts."""
         return tuple(self.plan.coefficients[step][k] for k, computed in enumerate(row) if computed != 1)
+
+    def _rows(
+        self, row: tuple[int, ...], weights: tuple[tuple[float, ...], ...]
+    ) -> tuple[tuple[float, ...], ...]:
+        """Rows of coefficients of the selectors that `row` forecasts: as many for each as its form has parts."""
+        forecast = [k for k, computed in enumerate(row) if computed != 1]
+        pairs = zip(forecast, weights, strict=True)
+        return tuple(part for k, values in pairs for part in split(values, self.plan.parts(k)))
+
+    def _constant(self, constant: Constant, call: Call) -> Tensor:
+        """A constant of a form on the call's device, made once."""
+        key = (constant, call.tensors[0].device)
+        if key not in self._tables:
+            self._tables[key] = constant.make().to(call.tensors[0].device)
+        return self._tables[key]
 
     def _bind_anchors(self, values: dict[str, Tensor], site: Site, stream: Stream) -> None:
         """Anchor inputs of a site; where fewer exist than the graph takes, the oldest stands in with coefficient 0."""

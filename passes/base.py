@@ -73,11 +73,19 @@ class Refresh:
 
 
 @dataclass(frozen=True)
+class Form:
+    """How sites are forecast that are not one combination of whole anchors (forms.py)."""
+
+    rows: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
 class Row:
     """One distinct row of a schedule: its sites are either computed (and written) or forecast from `anchors` values.
 
-    `forecast` groups sites that share coefficients: group k reads row k of the coefficient input. `watched` values are
-    returned for a trigger to compare with later ones, `looks` are compared in this call.
+    `forecast` groups sites that share coefficients: group k reads row k of the coefficient input, or as many rows as
+    its form takes (`forms`, one a group, None where plain; empty where all are). `watched` values are returned for a
+    trigger to compare with later ones, `looks` are compared in this call.
     """
 
     computed: tuple[Site, ...] = ()
@@ -86,6 +94,15 @@ class Row:
     refreshed: tuple[Refresh, ...] = ()
     watched: tuple[Port, ...] = ()
     looks: tuple[Look, ...] = ()
+    forms: tuple[Form | None, ...] = ()
+
+    def form(self, group: int) -> Form | None:
+        """How the group is forecast; None where it is plain."""
+        return self.forms[group] if self.forms else None
+
+    def start(self, group: int) -> int:
+        """The first coefficient row of the group; of one more than there are groups, how many rows there are."""
+        return sum(form.rows if form else 1 for form in map(self.form, range(group)))
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@
 -->
     anchors A0, A1 and coefficients c are inputs;  r = combine(c, 0, [A0, A1], True);  return (g(add(x, r)),)
 
-What only `h` needed is left dead. Sites are replaced from the last to the first, so that a residual's base that is
-itself a forecast site is replaced too. Refuses a site whose nodes are not in the graph, and two sites on one node.
+A form (forms.py) makes the read of more rows of coefficients than one. What only `h` needed is left dead. Sites are
+replaced from the last to the first, so that a residual's base that is itself a forecast site is replaced too.
+
+Refuses a site whose nodes are not in the graph, and two sites on one node.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dcc.errors import PassError
-from dcc.kernels import combine
 from dcc.passes.base import GUIDANCE, Pass, Port, Row, Site, anchor_name, write_name
+from dcc.passes.forms import insert_read
 from dcc.passes.graph import (
     COEFFICIENTS,
     REPLACED,
@@ -59,7 +61,7 @@ class InsertCacheReads(Pass):
         coefficients = add_placeholder(
             graph_module,
             COEFFICIENTS,
-            any_value.new_empty((len(row.forecast), batch, row.anchors), dtype=torch.float32),
+            any_value.new_empty((row.start(len(row.forecast)), batch, row.anchors), dtype=torch.float32),
         )
         for name in reversed(in_graph_order(graph_module, ports)):
             group, site, index, port = ports[name]
@@ -68,28 +70,15 @@ class InsertCacheReads(Pass):
                 for age in range(row.anchors)
             ]
             own_writes = {_reader_for_write(nodes, other, i) for other in row.computed for i in _ends_in(other, name)}
-            self._replace(graph_module, nodes, port, coefficients, group, anchors, own_writes)
+            out = nodes[name]
+            with graph_module.graph.inserting_after(out):
+                value = insert_read(graph_module, row, group, site, port, coefficients, anchors)
+            if port.base is not None:
+                with graph_module.graph.inserting_after(value):
+                    value = insert_call(graph_module, aten.add.Tensor, nodes[port.base], value)
+            out.replace_all_uses_with(value, delete_user_cb=lambda user, own=own_writes: user not in own)
+            out.meta[REPLACED] = value
         return len(ports)
-
-    @staticmethod
-    def _replace(
-        graph_module: GraphModule,
-        nodes: dict[str, Node],
-        port: Port,
-        coefficients: Node,
-        group: int,
-        anchors: list[Node],
-        own_writes: set[Node],
-    ) -> None:
-        out = nodes[port.out]
-        per_sample = str(shape(anchors[0])[0]) == str(shape(coefficients)[1])
-        with graph_module.graph.inserting_after(out):
-            value = insert_call(graph_module, combine.reference, coefficients, group, anchors, per_sample)
-        if port.base is not None:
-            with graph_module.graph.inserting_after(value):
-                value = insert_call(graph_module, aten.add.Tensor, nodes[port.base], value)
-        out.replace_all_uses_with(value, delete_user_cb=lambda user: user not in own_writes)
-        out.meta[REPLACED] = value
 
 
 def _ends_in(site: Site, name: str) -> list[int]:

@@ -18,8 +18,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dcc.errors import PassError
-from dcc.kernels import combine
 from dcc.passes.base import GUIDANCE, Pass, Row, Site, anchor_name, write_name
+from dcc.passes.forms import insert_read
 from dcc.passes.graph import COEFFICIENTS, add_placeholder, insert_call, nodes_by_name, output_node, shape
 
 aten = torch.ops.aten
@@ -57,12 +57,14 @@ class InsertGuidance(Pass):
         output = output_node(graph_module)
         table = nodes_by_name(graph_module).get(COEFFICIENTS)
         if table is None:
-            like = value.meta["val"].new_empty((len(row.forecast), shape(value)[0], row.anchors), dtype=torch.float32)
+            like = value.meta["val"].new_empty(
+                (row.start(len(row.forecast)), shape(value)[0], row.anchors), dtype=torch.float32
+            )
             table = add_placeholder(graph_module, COEFFICIENTS, like)
         like = torch.empty_like(value.meta["val"], memory_format=torch.contiguous_format)
         anchors = [add_placeholder(graph_module, anchor_name(site, 0, age), like) for age in range(row.anchors)]
         with graph_module.graph.inserting_before(output):
-            added = insert_call(graph_module, combine.reference, table, group, anchors, True)
+            added = insert_read(graph_module, row, group, site, site.ports[0], table, anchors)
             unconditional = insert_call(graph_module, aten.add.Tensor, value, added)
             joined = insert_call(graph_module, aten.cat.default, [unconditional, value])
         output.args = ((joined, *output.args[0][1:]),)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from dcc.errors import PolicyError
 from dcc.policies.base import (
     COPY,
     DEFAULT_SITE,
@@ -18,6 +20,7 @@ from dcc.policies.base import (
     whole,
 )
 from dcc.predictors import MAX_ORDER, Predictor, Switched
+from dcc.token_grid import token_grid
 
 
 @method(
@@ -181,3 +184,54 @@ def femo(
 
 def _hidden(setting: Setting) -> str:
     return "hidden" if "hidden" in setting.sites else "output"
+
+
+@method(
+    "predictive",
+    title="FreqCa",
+    source="arXiv 2510.08669, repository Tammytcl/FreqCa",
+    checked="C",
+    sites="hidden: the value behind the last block",
+    trigger="every N-th step",
+    predictor="low frequencies copied, high ones hermite",
+)
+def freqca(
+    setting: Setting,
+    *,
+    interval: int = 6,
+    order: int = 2,
+    sigma: float = 0.71,
+    low_order: int = 0,
+    cutoff: float = 0.1,
+    transform: str = "auto",
+    grid: Sequence[int] | None = None,
+    first: int = 3,
+    site: str | None = None,
+) -> Policy:
+    """Splits the value behind the last block by spatial frequency: copies the low band, forecasts the high one.
+
+    The released code cuts a 2-D DCT over the image tokens at `cutoff` of its largest radius, or a 1-D FFT along the
+    tokens at `cutoff` of its largest frequency, by model; transform="auto" takes "dct" where the tokens' `grid` (rows,
+    columns) is given or known from the denoiser's inputs, and else "fft". The plan says which.
+    """
+    between(0.0, 1.0, sigma=sigma, cutoff=cutoff)
+    name = site or _hidden(setting)
+    if transform not in ("auto", "dct", "fft"):
+        raise PolicyError(f"transform={transform!r}; there are: auto, dct, fft")
+    shape = max(setting.sites.select(name)[0].shapes, key=math.prod)
+    known = list(grid) if grid is not None else token_grid(setting.sites, shape[1]) if len(shape) == 3 else None
+    chosen = transform if transform != "auto" else "dct" if known or len(shape) > 3 else "fft"
+    if chosen == "dct" and len(shape) == 3 and known is None:
+        raise PolicyError(
+            f"the grid of the {shape[1]} tokens of {name!r} is not known from the denoiser's inputs; give "
+            'grid=[rows, columns], or transform="fft"'
+        )
+    high = Predictor("hermite", order, (("sigma", float(sigma)),))
+    low = Predictor("taylor", low_order) if low_order else COPY
+    bands = {
+        "transform": chosen,
+        "cutoff": float(cutoff),
+        "grid": list(known) if chosen == "dct" and known else None,
+        "predictors": [low.as_json(), high.as_json()],
+    }
+    return Policy((Cached(name, every(setting, interval, first), high, {"bands": bands}),))

@@ -1,0 +1,120 @@
+"""Forms of forecasts in plans: coefficients of several predictors, files, checks, mapping."""
+
+import dataclasses
+
+import pytest
+
+from dcc import mapping
+from dcc.errors import PlanError
+from dcc.forms import flat, form_of, predictors_of, rows_of, split
+from dcc.passes.base import Port, Site
+from dcc.passes.forms import Bands, Clusters
+from dcc.plan import Plan, make_plan
+from dcc.predictors import Predictor
+from dcc.triggers import Verify
+
+COPY, LINE = Predictor("copy"), Predictor("taylor", 1)
+PREDICTORS = [COPY.as_json(), LINE.as_json()]
+BANDS = {"bands": {"transform": "dct", "cutoff": 0.1, "grid": [4, 6], "predictors": PREDICTORS}}
+CLUSTERS = {"clusters": {"of_channel": [1, 0, 1], "predictors": PREDICTORS}}
+TOKENS = Site("h", "value", (Port("h"),), ((2, 24, 3),))
+PIXELS = Site("p", "cut", (Port("p"),), ((2, 3, 8, 8),))
+
+
+def plan(form, schedule=((1,), (0,), (1,), (0,), (0,)), **more):
+    return make_plan(
+        model="m", scheduler="s", levels=range(len(schedule), 0, -1), sites=["h"] * len(schedule[0]),
+        schedule=schedule, predictors=[COPY] * len(schedule[0]), policy="test", parameters={},
+        forms=[form] * len(schedule[0]), **more,
+    )  # fmt: skip
+
+
+def test_rows_of_coefficients_stand_one_behind_another():
+    assert flat(BANDS, None, 4, [2, 0]) == (1.0, 0.0, 2.0, -1.0)  # a copy, padded, then a line
+    assert flat({}, LINE, 4, [2, 0]) == (2.0, -1.0)
+    assert split((1.0, 0.0, 2.0, -1.0), 2) == [(1.0, 0.0), (2.0, -1.0)]
+    assert split((), 2) == [(), ()]
+    assert (rows_of(BANDS), rows_of({}), rows_of({"tokens": {"select": "random", "ratio": 0.1}})) == (2, 1, 1)
+    assert predictors_of({}, LINE) == [LINE] and predictors_of(CLUSTERS, None) == [COPY, LINE]
+
+
+@pytest.mark.parametrize("form", [BANDS, CLUSTERS], ids=["bands", "clusters"])
+def test_a_plan_keeps_forms_in_a_file(tmp_path, form):
+    made = plan(form)
+    assert made.coefficients[1:] == (((1.0, 1.0),), ((),), ((1.0, 0.0, 1.5, -0.5),), ((1.0, 0.0, 2.0, -1.0),))
+    assert (made.anchors, made.parts(0)) == (2, 2)
+    assert made.weights(3, 0) == [(1.0, 0.0), (1.5, -0.5)]
+    made.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == made
+
+
+@pytest.mark.parametrize(
+    ("form", "problem"),
+    [
+        ({"magic": {}}, "one of the keys .*bands, clusters; got"),
+        (BANDS | CLUSTERS, "one of the keys"),
+        ({"bands": {"cutoff": 0.1}}, "'bands' must be an object of transform, cutoff, grid, predictors"),
+        ({"bands": BANDS["bands"] | {"transform": "haar"}}, "a transform of dct, fft"),
+        ({"bands": BANDS["bands"] | {"cutoff": 1.5}}, "a cutoff from 0 to 1"),
+        ({"bands": BANDS["bands"] | {"grid": [4]}}, "a grid of two whole numbers"),
+        ({"bands": BANDS["bands"] | {"grid": [4, 0.5]}}, "a grid of two whole numbers"),
+        ({"bands": BANDS["bands"] | {"predictors": PREDICTORS[:1]}}, "two predictors, low and high"),
+        ({"clusters": CLUSTERS["clusters"] | {"of_channel": [0, 0]}}, "one of the 2 clusters for each channel"),
+        ({"clusters": CLUSTERS["clusters"] | {"of_channel": [0, 2, 1]}}, "one of the 2 clusters for each channel"),
+        ({"clusters": CLUSTERS["clusters"] | {"predictors": []}}, "a list of predictors"),
+    ],
+)
+def test_bad_forms_are_refused(form, problem):
+    good = plan({})
+    with pytest.raises(PlanError, match=problem):
+        dataclasses.replace(good, forms=(form,))
+
+
+def test_an_unknown_predictor_of_a_form_is_refused():
+    form = {"bands": BANDS["bands"] | {"predictors": [PREDICTORS[0], {"name": "magic", "order": 1, "options": {}}]}}
+    with pytest.raises(PlanError, match="unknown predictor 'magic'"):
+        dataclasses.replace(plan(BANDS), forms=(form,))
+
+
+def test_coefficients_must_fit_the_parts():
+    with pytest.raises(PlanError, match="1 to 1 numbers, one an anchor for each of 2 parts"):
+        dataclasses.replace(plan({}), forms=(BANDS,))
+
+
+def test_a_trigger_is_refused():
+    trigger = Verify("h", 0.1, 0.1, 0.1, 1, 2)
+    with pytest.raises(PlanError, match="may have 'bands' in a static schedule only"):
+        plan(BANDS, trigger=trigger)
+
+
+def test_forms_become_what_passes_take():
+    assert form_of({}, [TOKENS], "h") is None
+    assert form_of(BANDS, [TOKENS], "h") == Bands("dct", 0.1, (4, 6))
+    assert form_of(CLUSTERS, [TOKENS, PIXELS], "h") == Clusters((1, 0, 1))
+    pixels = {"bands": BANDS["bands"] | {"grid": None}}
+    assert form_of(pixels, [PIXELS], "p") == Bands("dct", 0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("form", "site", "problem"),
+    [
+        ({"bands": BANDS["bands"] | {"grid": [5, 5]}}, TOKENS, "24 tokens do not fill the grid 5x5"),
+        ({"bands": BANDS["bands"] | {"grid": None}}, TOKENS, "of no known size"),
+        ({"bands": BANDS["bands"] | {"transform": "fft"}}, PIXELS, r"bands by 'fft' need \[batch, tokens, channels\]"),
+        (BANDS, Site("o", "value", (Port("o"),), ((2, 3),)), "need tokens or pixels"),
+        (CLUSTERS, Site("o", "value", (Port("o"),), ((2, 24, 4),)), "clusters of 3 channels do not fit 'o'"),
+    ],
+)
+def test_sites_that_do_not_fit_are_refused(form, site, problem):
+    with pytest.raises(PlanError, match=problem):
+        form_of(form, [site], site.name)
+
+
+def test_each_part_is_mapped_to_other_levels():
+    made = plan(BANDS, ((1,), (0,), (1,), (0,), (0,), (1,)))
+    both = mapping.coefficients(made, 0, 3.5, [2.0, 0.0])
+    low = dataclasses.replace(made, forms=(), coefficients=tuple((made.weights(s, 0)[0],) for s in range(6)))
+    high = dataclasses.replace(made, forms=(), coefficients=tuple((made.weights(s, 0)[1],) for s in range(6)))
+    parts = [mapping.coefficients(alone, 0, 3.5, [2.0, 0.0]) for alone in (low, high)]
+    assert both == pytest.approx([*parts[0], *parts[1]])
+    assert parts[0] == pytest.approx([1.0, 0.0]) and parts[1] == pytest.approx([1.75, -0.75])
