@@ -74,7 +74,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "fastercache": [{}],
     "t_gate": [{}],
     "ditfastattn": [{}],
-    "icc": spread("interval", (2, 3, 4)),
+    "icc": spread("interval", (2, 3, 5), rank=8),
 }
 SKIPPED = ("l2c", "harmonica", "lazydit", "fastcache")  # need weights or masks that were trained for a model
 
