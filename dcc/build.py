@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from dcc.capture import Captured
+from dcc.correctors import corrected, corrections, map_flops
 from dcc.errors import PlanError
 from dcc.forms import form_of
 from dcc.lower import Variant
 from dcc.observe import Observer
-from dcc.passes.base import GUIDANCE, Form, Row, Site
+from dcc.passes.base import GUIDANCE, Correction, Form, Row, Site
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.forms import constants
 from dcc.passes.graph import copy_of, output_node
@@ -41,9 +42,15 @@ def cost(plan: Plan, sites: Sites) -> Plan:
     flow = Dataflow(sites.captured.graph_module)
     forms = _used_forms(plan)
     _ = _row_forms(plan, selected)  # raises where one does not fit its sites
-    flops = {row: row_flops(flow, sites, selected, row, forms) for row in plan.rows}
+    maps = _corrections(plan, sites, selected)
+    relative = [[corrected(site, maps, live=False) for site in group] for group in selected]
+    flops = {row: row_flops(flow, sites, relative, row, forms) for row in plan.rows}
     priced = with_costs(plan, flops, sum(site.bytes for group in selected for site in group))
-    return replace(priced, cache_bytes=priced.cache_bytes + state_bytes(selected, forms))
+    return replace(
+        priced,
+        flops=priced.flops + plan.steps * map_flops(maps, sites),
+        cache_bytes=priced.cache_bytes + state_bytes(selected, forms),
+    )
 
 
 def row_flops(
@@ -71,7 +78,8 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
         graphs = TriggerGraphs(captured, plan, sites, selected, make)
         return Family(captured, selected, {}, graphs)
     cached = [any(row[k] != 1 for row in plan.schedule) for k in range(len(plan.sites))]
-    forms = _row_forms(plan, selected)
+    forms, maps = _row_forms(plan, selected), _corrections(plan, sites, selected)
+    selected = tuple(tuple(corrected(site, maps) for site in group) for group in selected)
     variants = {}
     for index, decisions in enumerate(plan.rows):
         row = Row(
@@ -80,6 +88,7 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
             anchors=plan.anchors,
             refreshed=refreshes(sites, selected, _used_forms(plan), decisions),
             forms=tuple(form for form, d in zip(forms, decisions, strict=True) if d != 1),
+            corrections=tuple(maps),
         )
         variants[decisions] = variant(captured, row, f"row{index}", observer)
     return Family(captured, selected, variants)
@@ -96,6 +105,12 @@ def _row_forms(plan: Plan, selected: Sequence[Sequence[Site]]) -> list[Form | No
     return [form_of(*each) for each in zip(forms, selected, plan.sites, strict=True)]
 
 
+def _corrections(plan: Plan, sites: Sites, selected: Sequence[Sequence[Site]]) -> list[Correction]:
+    """The maps beside the sites of each selector that is ever forecast."""
+    forms = zip(_used_forms(plan), selected, strict=False)  # no forms where all are plain
+    return [correction for form, group in forms for correction in corrections(form, group, sites)]
+
+
 def _made(captured: Captured, observer: Observer, row: Row, name: str) -> Variant:
     return variant(captured, row, name, observer)
 
@@ -108,4 +123,5 @@ def variant(captured: Captured, row: Row, name: str, observer: Observer) -> Vari
     names = [node.name for node in output_node(graph_module).args[0]]
     inputs = tuple(node.name for node in graph_module.graph.nodes if node.op == "placeholder")
     own_constants = tuple(constant for constant in constants(row) if constant.name in inputs)
-    return Variant(name, graph_module, inputs, own, tuple(names[own:]), own_constants)
+    maps = tuple(correction for correction in row.corrections if set(correction.inputs) & set(inputs))
+    return Variant(name, graph_module, inputs, own, tuple(names[own:]), own_constants, maps)

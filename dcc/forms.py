@@ -4,6 +4,7 @@ A form is {} or an object of one key:
 - {"bands": {"transform": "dct" or "fft", "cutoff": 0.1, "grid": [rows, columns] or null, "predictors": [low, high]}}
 - {"clusters": {"of_channel": [0, 2, 0, ...], "predictors": [one a cluster]}}
 - {"tokens": ...}, see refresh.py.
+- {"corrector": ...}, see correctors.py.
 `predictors` are Predictor.as_json(); each has a row of coefficients, and a plan keeps a site's rows one behind another.
 """
 
@@ -13,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dcc.correctors import corrector_problem
 from dcc.errors import PlanError, PolicyError
 from dcc.kernels.band_split import TRANSFORMS, fitted
 from dcc.kernels.combine import channel_dim
@@ -53,6 +55,9 @@ def form_problem(form: dict[str, Any]) -> str | None:
         return f"must be empty or have one of the keys {', '.join(CHECKS)}; got {sorted(form)}"
     if "tokens" in form:
         return tokens_problem(form)
+    if "corrector" in form:
+        problem = corrector_problem(form["corrector"])
+        return f"'corrector' {problem}" if problem else None
     (name,) = form
     spec = form[name]
     wanted = FIELDS[name]
@@ -137,6 +142,7 @@ FIELDS = {
 }
 CHECKS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "tokens": lambda spec: None,
+    "corrector": lambda spec: None,
     "bands": _bands_problem,
     "clusters": _clusters_problem,
 }

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
 from dcc.errors import LoweringError
-from dcc.passes.base import state_of
+from dcc.passes.base import Correction, state_of
 from dcc.passes.forms import Constant
 from dcc.passes.graph import copy_of
 
@@ -35,6 +35,7 @@ class Variant:
     outputs: int
     writes: tuple[str, ...] = ()
     constants: tuple[Constant, ...] = ()  # inputs that its forecasts need besides anchors and coefficients
+    corrections: tuple[Correction, ...] = ()  # whose factors are inputs
 
     @property
     def states(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from dcc import mapping
 from dcc.capture import Call, Captured, bind, capture
+from dcc.correctors import Factors
 from dcc.errors import CaptureError, PositionError
 from dcc.forms import split
 from dcc.guard import anchor_error, extra_step
@@ -64,7 +65,7 @@ class CompiledDenoiser(DenoiserProxy):
         super().__init__(original)
         self.__dict__["guard"] = guard  # a dict collects errors by step instead of acting on them
         self.__dict__.update(plan=plan, backend=backend, sessions=Sessions(), programs={}, families=[])
-        self.__dict__.update(recording=recording, _build=build, _lock=threading.RLock(), _tables={})
+        self.__dict__.update(recording=recording, _build=build, _lock=threading.RLock(), _tables={}, factors=Factors())
         self.__dict__.update(
             _session=ContextVar("session", default=None), _numbers=itertools.count(), capture_seconds=0.0
         )
@@ -149,6 +150,7 @@ class CompiledDenoiser(DenoiserProxy):
         if COEFFICIENTS in variant.inputs:
             values[COEFFICIENTS] = self._coefficients(self._rows(row, weights), call)
         values |= {constant.name: self._constant(constant, call) for constant in variant.constants}
+        values |= self.factors.bound(variant.corrections, values, call.tensors[0])
         values |= stream.states
         if STEP in variant.inputs:
             values[STEP] = self._number(step, call)

@@ -8,6 +8,7 @@ from dcc.passes.drop_asserts import DropAsserts
 from dcc.passes.drop_dead_nodes import DropDeadNodes
 from dcc.passes.insert_cache_reads import InsertCacheReads
 from dcc.passes.insert_cache_writes import InsertCacheWrites
+from dcc.passes.insert_correctors import InsertCorrectors
 from dcc.passes.insert_forecasts import InsertForecasts
 from dcc.passes.insert_guidance import InsertGuidance
 from dcc.passes.insert_measures import InsertMeasures
@@ -15,6 +16,7 @@ from dcc.passes.refresh_tokens import RefreshTokens
 
 PASSES: tuple[Pass, ...] = (
     DropAsserts(),  # first: an assertion counts as a use and would keep forecast-over work alive
+    InsertCorrectors(),  # before the writes: corrected sites are written relative to their maps
     InsertCacheWrites(),  # before the reads: a residual's base may itself be replaced by a read
     RefreshTokens(),  # before the reads: a refreshed value then becomes its forecast wherever it is named
     InsertCacheReads(),  # every use of a forecast site now reads its anchors

@@ -73,6 +73,39 @@ class Refresh:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """A cheap linear map of the value `source` that a site's value is kept relative to (passes/insert_correctors.py).
+
+    `shapes` are those of its matrices [to, from], applied one after another, and of a last bias [to] if `bias`; they
+    are graph inputs. The runtime makes them: the two factors of the graph input `weight` at the rank of their shapes,
+    its channels weighed by the tensor `key` of `file` if one is named; or, without a `weight`, the tensors of `file`.
+    """
+
+    site: str
+    port: int
+    source: str
+    shapes: tuple[tuple[int, ...], ...]
+    weight: str = ""
+    file: str = ""
+    key: str = ""
+
+    @property
+    def bias(self) -> bool:
+        """Whether the last input is a bias."""
+        return len(self.shapes[-1]) == 1
+
+    @property
+    def name(self) -> str:
+        """Name of the node that carries the map's value."""
+        return f"map_{identifier(self.site)}_{self.port}"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph inputs that it takes."""
+        return tuple(f"factor_{identifier(self.site)}_{self.port}_{i}" for i in range(len(self.shapes)))
+
+
+@dataclass(frozen=True)
 class Form:
     """How sites are forecast that are not one combination of whole anchors (forms.py)."""
 
@@ -85,7 +118,7 @@ class Row:
 
     `forecast` groups sites that share coefficients: group k reads row k of the coefficient input, or as many rows as
     its form takes (`forms`, one a group, None where plain; empty where all are). `watched` values are returned for a
-    trigger to compare with later ones, `looks` are compared in this call.
+    trigger to compare with later ones, `looks` are compared in this call. `corrections` make bases of ports.
     """
 
     computed: tuple[Site, ...] = ()
@@ -95,6 +128,7 @@ class Row:
     watched: tuple[Port, ...] = ()
     looks: tuple[Look, ...] = ()
     forms: tuple[Form | None, ...] = ()
+    corrections: tuple[Correction, ...] = ()
 
     def form(self, group: int) -> Form | None:
         """How the group is forecast; None where it is plain."""

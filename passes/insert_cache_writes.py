@@ -23,7 +23,7 @@ class InsertCacheWrites(Pass):
     """See the file's docstring."""
 
     name: ClassVar[str] = "insert_cache_writes"
-    after: ClassVar[tuple[str, ...]] = ("drop_asserts",)
+    after: ClassVar[tuple[str, ...]] = ("drop_asserts", "insert_correctors")
 
     def apply(self, graph_module: GraphModule, row: Row) -> int:
         nodes, output = nodes_by_name(graph_module), output_node(graph_module)

@@ -426,6 +426,41 @@ def ditfastattn(setting: Setting, *, delta: float = 0.05) -> Policy:
     return Policy(tuple(caches))
 
 
+@method(
+    "static",
+    title="ICC",
+    source="arXiv 2505.05829, repository ccccczzy/icc",
+    checked="C",
+    sites="every linear layer of the blocks",
+    trigger="every N-th step",
+    predictor="copy",
+)
+def icc(
+    setting: Setting,
+    *,
+    interval: int = 2,
+    first: int = 1,
+    rank: int | None = None,
+    channels: str | None = None,
+    site: str = "linears",
+) -> Policy:
+    """Copies the output of every linear layer, corrected by what changed in its input times a low-rank weight.
+
+    y = y_c + (x - x_c) W_r, W_r being the layer's live weight at `rank`: unless given, a ninth of the width, which is
+    the paper's 128 for 1152. With `channels`, a safetensors file of a tensor [C] a layer, the approximation weighs
+    input channels by it: the paper's channel-aware SVD, where they are mean magnitudes of x or of its change between
+    steps. Attention itself, norms and gates are computed at every step. The anchor is y_c - x_c W_r, so computed steps
+    run the small product too.
+    """
+    mask = every(setting, interval, first)
+    if not setting.has(site):
+        raise PolicyError(f"icc needs linear layers inside repeated blocks; this denoiser has no {site!r}")
+    rank = max(1, setting.sites.select(site)[0].shapes[0][-1] // 9) if rank is None else rank
+    whole(rank=rank)
+    spec = {"kind": "low_rank", "rank": rank, "channels": channels}
+    return Policy((Cached(site, mask, form={"corrector": spec}),))
+
+
 def _measured(setting: Setting, name: str) -> str:
     """The site of the profile that speaks for this one: joined heads are measured with their MLP."""
     return name if name in setting.profile.sites else name.replace("/heads", "/attn+mlp")

@@ -138,5 +138,5 @@ def test_base_may_be_another_written_site(stack, run):
 
 
 def test_order_is_declared():
-    assert InsertCacheWrites.after == ("drop_asserts",)
+    assert InsertCacheWrites.after == ("drop_asserts", "insert_correctors")
     assert not InsertCacheWrites.optional  # a variant without its writes would return something else
