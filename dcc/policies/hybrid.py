@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dcc import channel_clusters
 from dcc.errors import PolicyError
 from dcc.policies.base import (
     COPY,
@@ -28,6 +29,15 @@ from dcc.triggers import Coarsest, Verify
 
 if TYPE_CHECKING:
     from dcc.passes.base import Site
+
+SOLVERS = (  # HyCa's pool
+    COPY,
+    Predictor("midpoint", 1),
+    Predictor("taylor", 1),
+    Predictor("foca", 2),
+    Predictor("bdf2", 1),
+    Predictor("adams_moulton", 2),
+)
 
 
 @method(
@@ -413,4 +423,52 @@ def fastercache(
     if guidance and "uncond" in setting.sites:
         fresh = every(setting, guidance_interval, first)
         caches.append(Cached("uncond", tuple(max(a, b) for a, b in zip(mask, fresh, strict=True))))
+    return Policy(tuple(caches))
+
+
+@method(
+    "hybrid",
+    title="HyCa",
+    source="arXiv 2510.04188",
+    checked="D",
+    sites="hidden: the value behind the last block; branches in the paper too",
+    trigger="every N-th step",
+    predictor="the best solver of a pool for each cluster of channels",
+    needs="one run",
+)
+def hyca(
+    setting: Setting,
+    *,
+    interval: int = 5,
+    clusters: int = 4,
+    judged: str = "next",
+    first: int = 3,
+    site: str | None = None,
+) -> Policy:
+    """Clusters the channels of a site by how they move in one uncached run, and forecasts each by its best solver.
+
+    The pool is a copy, Runge-Kutta 2, Taylor, Adams-Bashforth 2 (2.5, -2, 0.5 one gap ahead, FoCa's rule), BDF2 and
+    Adams-Moulton. A cluster takes the one of least squared error on the next step from the steps right before it; with
+    judged="schedule", on the forecasts that this schedule makes. The paper leaves the descriptors' scaling open; here
+    they are standardised logarithms (dcc/channel_clusters.py). Clusters that choose the same solver become one.
+    """
+    whole(clusters=clusters)
+    if judged not in ("next", "schedule"):
+        raise PolicyError(f"judged={judged!r}; there are: next, schedule")
+    mask = every(setting, interval, first)
+    name = site or ("hidden" if setting.has("hidden") else "output")
+    if all(mask):
+        return Policy((Cached(name, mask),))
+    caches = []
+    for own in setting.sites.select(name):
+        values = channel_clusters.by_points(setting.values(own.name))
+        labels = channel_clusters.k_means(channel_clusters.descriptors(values), clusters)
+        if judged == "next":
+            error = channel_clusters.next_step_errors(values, SOLVERS)
+        else:
+            error = channel_clusters.errors(values, SOLVERS, mask)
+        of_channel, chosen = channel_clusters.choose(labels, error)
+        pool = [SOLVERS[index] for index in chosen]
+        form = {"clusters": {"of_channel": of_channel, "predictors": [solver.as_json() for solver in pool]}}
+        caches.append(Cached(own.name, mask, pool[0], form if len(pool) > 1 else {}))
     return Policy(tuple(caches))
