@@ -237,9 +237,16 @@ def read_table(table: Sequence[Sequence[float]] | str) -> list[list[float]]:
 
 
 def gram_of(setting: Setting, site: str) -> np.ndarray:
-    """Inner products [step, step] of a site's values, summed over all streams of the profile."""
-    profile = setting.profile
-    return profile.gram[:, profile.sites.index(site)].sum(0).numpy()
+    """Inner products [step, step] of a site's values, summed over all streams of the profile.
+
+    Raises ProfileError for a site that was not calibrated.
+    """
+    return sum(setting.profile.matrix(site, stream).numpy() for stream in setting.profile.streams)
+
+
+def changes(setting: Setting, site: str) -> np.ndarray:
+    """Relative L1 change [step] of a site's values since the step before, mean over all streams of the profile."""
+    return np.mean([setting.profile.change(site, stream).numpy() for stream in setting.profile.streams], axis=0)
 
 
 def distances(setting: Setting, site: str, relative: bool = True) -> np.ndarray:

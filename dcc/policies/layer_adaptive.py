@@ -14,6 +14,7 @@ from dcc.policies.base import (
     Policy,
     Setting,
     between,
+    changes,
     distances,
     given_mask,
     masked,
@@ -204,10 +205,9 @@ def block_caching(setting: Setting, *, delta: float = 0.3) -> Policy:
     block and step to hide artefacts are left out.
     """
     between(0.0, math.inf, delta=delta)
-    profile, caches = setting.profile, []
+    caches = []
     for site in setting.sites.select("blocks"):
-        change = profile.neighbours[:, profile.sites.index(site.name)].mean(0).tolist()
-        mask, total = [1], 0.0
+        change, mask, total = changes(setting, site.name), [1], 0.0
         for step in range(1, setting.steps):
             total += change[step]
             mask.append(int(total > delta))
