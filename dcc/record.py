@@ -36,7 +36,7 @@ class Recording:
     varying: frozenset[str]
     keys: tuple[str, ...]
     as_tensors: frozenset[str]
-    guided: bool = False  # both halves of the batch hold the same samples and differ in a prompt-side input
+    guided: bool = False  # at every call both halves of the batch hold equal samples; prompt-side inputs differ
 
 
 @dataclass
@@ -107,7 +107,8 @@ class Recorder(DenoiserProxy):
         levels = tuple(level for level, stream in zip(scalars, streams, strict=False) if stream == streams[0])
         keys = tuple(name for name, i in fixed.items() if i.stable)
         sides = [i.halves for n, i in fixed.items() if i.values[0].dim() > 1 and len(i.values[0]) % 2 == 0]
-        guided = any(seen[name].halves for name in varying) and not all(sides)
+        moving = [seen[name].halves for name in varying if seen[name].values[0].dim() > 1]
+        guided = bool(moving) and all(moving) and not all(sides)
         return Recording(self.first, self.calls, time, levels, varying, keys, as_tensors, guided)
 
     def _time(self) -> tuple[str | None, list[float]]:

@@ -1,7 +1,7 @@
 """Keeps what guidance adds to a merged batch, and makes the unconditional half from it where only the other half runs.
 
     y = f(x); return (y,)                         x is [unconditional; conditional]
---> computed:  u, c = chunk(y, 2); return (y, clone(sub(u, c)))
+--> computed:  u, c = chunk(y, 2); return (y, sub(u, c))
 --> forecast:  x is the conditional half, A0 and coefficients are inputs;
                u = add(y, combine(coefficients, 0, [A0], True)); return (cat([u, y]),)
 
