@@ -38,7 +38,8 @@ class TriggerGraphs:
         make: Callable[[Row, str], Variant],
     ) -> None:
         self.captured, self.plan, self.sites, self.selected, self.make = captured, plan, sites, selected, make
-        self.measures = trigger_of(plan.trigger).measures
+        trigger = trigger_of(plan.trigger)
+        self.measures = trigger.measures
         self.full = (1,) * len(plan.sites)
         self.ports = {measure: self._port(measure) for measure in self.measures}
         before = [self.ports[m] for m in self.measures if m.when == BEFORE]
@@ -56,6 +57,7 @@ class TriggerGraphs:
         self.prefix: Variant | None = None
         self.start = make(self._row(self.full, measured=False), "start")
         self.row(self.full)
+        self.row(trigger.sample_row(len(self.full)))
 
     def row(self, row: tuple[int, ...]) -> Variant:
         """The suffix of a row; where MAX_ROWS are there already, raises KeyError (see `admitted`)."""

@@ -134,12 +134,16 @@ class TriggeredDenoiser(CompiledDenoiser):
             numbers = {}
             if len(set(rows)) > 1 and not graphs.separable:
                 rows = [graphs.full] * batch
+        with self._lock:
+            variants = {row: graphs.row(row) for row in rows}
+        if any(name not in handed for name in graphs.handed):  # a new row takes more from the prefix than those so far
+            handed, _ = self._look(graphs, call, watch)
         outputs: list[Tensor] = []
         for row in dict.fromkeys(rows):
             chosen = [i for i, own in enumerate(rows) if own == row]
             who = None if len(chosen) == batch else torch.tensor(chosen, device=call.tensors[0].device)
             given = [weights[i] for i in chosen]
-            own = self._run(graphs, graphs.row(row), call, watch, step, row, who, handed, given, numbers)
+            own = self._run(graphs, variants[row], call, watch, step, row, who, handed, given, numbers)
             if who is None:
                 outputs = own
             else:
