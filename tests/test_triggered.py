@@ -31,7 +31,7 @@ RUNS = {
     "adacache": {"codebook": {9.0: 2}},
     "bwcache": {"threshold": 9.0},
     "dbprune": {"threshold": 0.8, "warmup": 2},
-    "speca": {"base": 1.69, "decay": 1.0, "first": 2, "min_skip": 1, "order": 1},
+    "speca": {"base": 0.75, "decay": 1.0, "first": 2, "min_skip": 1, "order": 1},
     "mixcache": {"threshold": 9.0, "first": 2},
     "foresight": {"gamma": 9.0, "warmup": 3},
 }
