@@ -238,7 +238,7 @@ def bac(setting: Setting, *, interval: int = 3, bu_blocks: int = 3) -> Policy:
     whole(0, bu_blocks=bu_blocks)
     updates = -(-setting.steps // interval)
     sites = setting.sites.select("innermost")
-    masks = {site.name: _placed(1 - similarity(setting, site.name), updates) for site in sites}
+    masks = {site.name: placed(1 - similarity(setting, site.name), updates) for site in sites}
     mlps = [site.name for site in sites if site.kind in ("mlp", "attn+mlp")]
     ranked = sorted(mlps, key=lambda name: -float(np.mean(distances(setting, name, relative=False))))
     for name in mlps[::-1]:
@@ -248,7 +248,7 @@ def bac(setting: Setting, *, interval: int = 3, bu_blocks: int = 3) -> Policy:
     return Policy(tuple(Cached(name, mask) for name, mask in masks.items()))
 
 
-def _placed(distance: np.ndarray, updates: int) -> tuple[int, ...]:
+def placed(distance: np.ndarray, updates: int) -> tuple[int, ...]:
     """The mask with `updates` ones, the first step among them, of least sum of distances [anchor, step]."""
     steps = len(distance)
     run = np.array([[distance[a, a:b].sum() if b > a else np.inf for b in range(steps + 1)] for a in range(steps)])

@@ -87,7 +87,9 @@ def around(steps: int, count: int, center: int, power: float) -> list[int]:
         distances_to = np.unique((roots**lowered).real.astype(int))[1:-1]
         if len(distances_to) == count - 1:
             return [0, *(center + int(distance) for distance in distances_to)]
-    raise PolicyError(f"no {count} of {steps} steps are denser around center={center}; try power= above {power:g}")
+    raise PolicyError(
+        f"no {count} different steps of {steps} are denser around center={center}; give a larger interval="
+    )
 
 
 @method(
