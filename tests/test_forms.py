@@ -3,15 +3,20 @@
 import dataclasses
 
 import pytest
+import torch
 
 from dcc import mapping
 from dcc.errors import PlanError
+from dcc.fingerprint import fingerprint
 from dcc.forms import flat, form_of, predictors_of, rows_of, split
+from dcc.kernels.band_split import low_pass
 from dcc.passes.base import Port, Site
 from dcc.passes.forms import Bands, Clusters
 from dcc.plan import Plan, make_plan
 from dcc.predictors import Predictor
 from dcc.triggers import Verify
+
+from . import tiny
 
 COPY, LINE = Predictor("copy"), Predictor("taylor", 1)
 PREDICTORS = [COPY.as_json(), LINE.as_json()]
@@ -118,3 +123,24 @@ def test_each_part_is_mapped_to_other_levels():
     parts = [mapping.coefficients(alone, 0, 3.5, [2.0, 0.0]) for alone in (low, high)]
     assert both == pytest.approx([*parts[0], *parts[1]])
     assert parts[0] == pytest.approx([1.0, 0.0]) and parts[1] == pytest.approx([1.75, -0.75])
+
+
+@pytest.mark.parametrize("name", ["dct", "fft", "clusters"])
+def test_whole_runs_forecast_the_output_as_the_form_says(name):
+    schedule, solvers = ((1,), (1,), (0,), (1,), (0,), (0,), (1,)), [LINE, COPY]
+    bands = {"transform": name, "cutoff": 0.4, "grid": [4, 6] if name == "dct" else None}
+    spec = {"of_channel": [1, 0, 0, 1]} if name == "clusters" else bands
+    form = {"clusters" if name == "clusters" else "bands": spec | {"predictors": [s.as_json() for s in solvers]}}
+    made = dataclasses.replace(
+        plan(form, schedule), model=fingerprint(tiny.module("flux")), levels=tiny.levels("flux"), sites=("output",)
+    )
+    outputs = [out for out, _ in tiny.generate("flux", tiny.denoise_with(tiny.base("flux").with_plan(made)), seed=1)]
+    for step in (2, 4, 5):
+        new, old = made.anchor_steps(step, 0)
+        gap = (step - new) / (new - old)
+        line, copied = outputs[new] + gap * (outputs[new] - outputs[old]), outputs[new]
+        if name == "clusters":
+            expected = torch.where(torch.tensor([1, 0, 0, 1]) > 0, copied, line)
+        else:
+            expected = copied + low_pass(line - copied, name, 0.4, (4, 6))
+        torch.testing.assert_close(outputs[step], expected, atol=1e-5, rtol=1e-5)

@@ -220,6 +220,8 @@ def freqca(
         raise PolicyError(f"transform={transform!r}; there are: auto, dct, fft")
     shape = max(setting.sites.select(name)[0].shapes, key=math.prod)
     known = list(grid) if grid is not None else token_grid(setting.sites, shape[1]) if len(shape) == 3 else None
+    if grid is not None and (len(shape) != 3 or math.prod(grid) != shape[1]):
+        raise PolicyError(f"grid={list(grid)}: {name!r} has shape {list(shape)}, whose tokens do not fill that grid")
     chosen = transform if transform != "auto" else "dct" if known or len(shape) > 3 else "fft"
     if chosen == "dct" and len(shape) == 3 and known is None:
         raise PolicyError(
