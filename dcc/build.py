@@ -11,6 +11,7 @@ from dcc.capture import Captured
 from dcc.correctors import corrected, corrections, map_flops
 from dcc.errors import PlanError
 from dcc.forms import form_of
+from dcc.guidance import check_halves, check_plan, forecasts_guidance
 from dcc.lower import Variant
 from dcc.observe import Observer
 from dcc.passes.base import GUIDANCE, Correction, Form, Row, Site
@@ -77,6 +78,9 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
         make = functools.partial(_made, captured, observer)
         graphs = TriggerGraphs(captured, plan, sites, selected, make)
         return Family(captured, selected, {}, graphs)
+    if any(forecasts_guidance(row, selected) for row in plan.rows):
+        check_plan(plan, selected)
+        check_halves(captured)
     cached = [any(row[k] != 1 for row in plan.schedule) for k in range(len(plan.sites))]
     forms, maps = _row_forms(plan, selected), _corrections(plan, sites, selected)
     selected = tuple(tuple(corrected(site, maps) for site in group) for group in selected)

@@ -126,6 +126,7 @@ class Captured:
     problem: str | None = None
     varying: frozenset[str] = frozenset()  # paths of the tensors that change from step to step
     guided: bool = False  # the batch is [unconditional; conditional] of the same samples (Recording.guided)
+    halves: bool | None = None  # whether half of the batch alone gives its half of the output; None until asked
     _symbols: dict[str, list[Any]] = field(default_factory=dict)
 
     @property

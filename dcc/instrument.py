@@ -13,7 +13,7 @@ from dcc.errors import ProfileError
 from dcc.fingerprint import fingerprint
 from dcc.lower import Variant
 from dcc.observe import Observer
-from dcc.passes.base import Row, Site
+from dcc.passes.base import GUIDANCE, Row, Site
 from dcc.passes.drop_asserts import DropAsserts
 from dcc.passes.graph import copy_of, is_tensor, nodes_by_name, output_node
 from dcc.passes.insert_sketches import InsertSketches, groups
@@ -193,10 +193,11 @@ class Instrumented(CompiledDenoiser):
 
 
 def floating(sites: Sites) -> list[Site]:
-    """The sites whose values are all floating point numbers."""
+    """The sites whose values are all floating point numbers; not `uncond`, half of a batch beside whole ones."""
     nodes = nodes_by_name(sites.captured.graph_module)
     return [
         site
         for site in sites
-        if all(is_tensor(nodes[p.out]) and nodes[p.out].meta["val"].is_floating_point() for p in site.ports)
+        if site.kind != GUIDANCE
+        and all(is_tensor(nodes[p.out]) and nodes[p.out].meta["val"].is_floating_point() for p in site.ports)
     ]

@@ -7,7 +7,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from dcc.correctors import Factors
 from dcc.errors import CaptureError, PositionError
 from dcc.forms import split
 from dcc.guard import anchor_error, extra_step
+from dcc.guidance import check_call, forecasts_guidance
 from dcc.lower import Program, Variant, lower
 from dcc.passes.base import GUIDANCE, STEP, Site, anchor_name, next_name, write_name
 from dcc.passes.forms import Constant
@@ -44,6 +45,11 @@ class Family:
     variants: dict[tuple[int, ...], Variant]
     graphs: TriggerGraphs | None = None  # where the plan has a trigger
     proven: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)  # shapes at which it equals the eager module
+
+    @property
+    def halves(self) -> bool:
+        """Whether some row runs the conditional half of a guidance batch only."""
+        return any(forecasts_guidance(row, self.selectors) for row in self.variants)
 
 
 class CompiledDenoiser(DenoiserProxy):
@@ -76,6 +82,8 @@ class CompiledDenoiser(DenoiserProxy):
             family = self.family(call)
             step, key, owners = self._locate(call)
             stream = self._stream(step, key, owners)
+            if stream.step < 0 and family.halves:
+                check_call(call, self.recording.varying)
             outputs = self.serve(family, call, stream, step)
             last, stream.step = stream.step, step
             if mapping.ends(self.plan, last, step) if stream.served else step == self.plan.steps - 1:
@@ -135,7 +143,7 @@ class CompiledDenoiser(DenoiserProxy):
         `weights` are the coefficients of each forecast selector.
         """
         variant = family.variants[row]
-        halved = any(d != 1 and sites[0].kind == GUIDANCE for d, sites in zip(row, family.selectors, strict=True))
+        halved = forecasts_guidance(row, family.selectors)
         if halved:  # the forecast makes the unconditional half from the conditional one
             whole = batch_of(call, self.recording)
             call = family.captured.part(call, slice(whole // 2, None))
@@ -176,7 +184,9 @@ class CompiledDenoiser(DenoiserProxy):
             for index, row in enumerate(self.plan.rows):
                 say(f"lowering variant {index + 1} of {len(self.plan.rows)}")
                 step = self.plan.schedule.index(row) if row in self.plan.schedule else 0
-                self.run(family, call, stream, row, step, self._planned(step, row))
+                full = is_full(row)  # what other rows write may be of half the batch, or of some tokens
+                own = stream if full else replace(stream, anchors=dict(stream.anchors), states=dict(stream.states))
+                self.run(family, call, own, row, step, self._planned(step, row))
 
     def program(self, variant: Variant, call: Call, inputs: Sequence[Tensor]) -> Program:
         """The variant lowered for calls of these shapes; lowers it where it is not yet.

@@ -96,6 +96,11 @@ class Sites:
         if name not in self.named and name.endswith("/heads"):
             if (site := _Finder(self).heads(name)) is not None:
                 self.named[name] = site
+        if name == "uncond" and name not in self.named:
+            raise SiteError(
+                "no site 'uncond': as recorded, this denoiser is not called with a merged guidance batch "
+                "[unconditional; conditional]; it has no guidance, or two calls a step, neither with a half to spare"
+            )
         if name not in self.named:
             near = difflib.get_close_matches(name, [*self.named, *GROUPS], n=4, cutoff=0.5)
             raise SiteError(
