@@ -47,6 +47,19 @@ def split(values: Sequence[float], rows: int) -> list[tuple[float, ...]]:
     return [tuple(values[row * length : (row + 1) * length]) for row in range(rows)]
 
 
+def form_text(form: dict[str, Any]) -> str:
+    """One line on a form, empty for none."""
+    spec = _spec(form)
+    names = [str(Predictor.of(data)) for data in spec.get("predictors", ())]
+    if "bands" in form:
+        over = f" over {spec['grid'][0]}x{spec['grid'][1]} tokens" if spec["grid"] else ""
+        return f"bands by {spec['transform']}{over}, cutoff {spec['cutoff']:g}: low {names[0]}, high {names[1]}"
+    if "clusters" in form:
+        sizes = [spec["of_channel"].count(cluster) for cluster in range(len(names))]
+        return "clusters of channels: " + ", ".join(f"{n} {name}" for n, name in zip(sizes, names, strict=True))
+    return "".join(f"{name}: {', '.join(f'{k}={v}' for k, v in spec.items())}" for name in form)
+
+
 def form_problem(form: dict[str, Any]) -> str | None:
     """What is wrong with a form, None where nothing is."""
     if not form:

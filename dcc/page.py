@@ -118,9 +118,12 @@ def _schedule(name: str, plan: Plan, colour: str) -> dict[str, Any]:
 
 
 def _forecast(plan: Plan, step: int, k: int) -> str:
-    weights = plan.coefficients[step][k]
-    terms = [f"{w:+.3g} of step {s}" for w, s in zip(weights, plan.anchor_steps(step, k), strict=False)]
-    return f"forecast, {', '.join(terms)}"
+    anchors = plan.anchor_steps(step, k)
+    rows = [
+        ", ".join(f"{w:+.3g} of step {s}" for w, s in zip(weights, anchors, strict=False))
+        for weights in plan.weights(step, k)
+    ]
+    return f"forecast, {'; '.join(rows)}"
 
 
 def _first_prompts(scored: list[Row], shown: int) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dcc.errors import PlanError, PolicyError
-from dcc.forms import flat, form_problem, rows_of, split
+from dcc.forms import flat, form_problem, form_text, rows_of, split
 from dcc.predictors import Predictor
 from dcc.refresh import has_tokens
 from dcc.triggers import Trigger, trigger_of
@@ -137,6 +137,8 @@ class Plan:
         ]
         for k, site in enumerate(self.sites):
             lines.append(f"  site        {site}: {''.join(str(row[k]) for row in self.schedule)}")
+        for text in dict.fromkeys(form_text(form) for form in self.forms if form):
+            lines.append(f"  form        {text}")
         if self.trigger:
             fields = ", ".join(f"{name}={value}" for name, value in self.trigger.items() if name != "kind")
             lines.append(f"  trigger     {self.trigger['kind']}({fields}) decides the steps marked ?")

@@ -78,9 +78,12 @@ def steps_table(plan: Plan) -> Table:
     for step, level in enumerate(plan.levels):
         cells = []
         for k in range(len(plan.sites)):
-            weights = plan.coefficients[step][k]
-            terms = [f"{w:+.3g} of {s}" for w, s in zip(weights, plan.anchor_steps(step, k), strict=False)]
-            cells.append(Text(", ".join(terms), "dim") if weights else Text("computed", "green"))
+            anchors = plan.anchor_steps(step, k)
+            rows = [
+                ", ".join(f"{w:+.3g} of {s}" for w, s in zip(weights, anchors, strict=False))
+                for weights in plan.weights(step, k)
+            ]
+            cells.append(Text("; ".join(rows), "dim") if any(rows) else Text("computed", "green"))
         table.add_row(str(step), f"{level:.4g}", *cells)
     return table
 
@@ -90,10 +93,12 @@ def policies_table(methods: Sequence[Method]) -> Group:
     parts: list[Table | Text] = []
     for kind in dict.fromkeys(method.kind for method in methods):
         title = f"{kind.replace('_', '-')} ({sum(method.kind == kind for method in methods)})"
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("policy", no_wrap=True, style="bold", min_width=16)
+        # 16 + 20 + 15 + 10 + 5 + 3 and a gap of two behind each but the last: the longest word of each column fits
+        look = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
+        table = Table(title=title, title_justify="left", title_style="bold", **look)
+        table.add_column("policy", no_wrap=True, style="bold", width=16)
         table.add_column("decided by", width=20, overflow="fold")
-        table.add_column("forecast", width=12, overflow="fold")
+        table.add_column("forecast", width=15, overflow="fold")
         table.add_column("needs", width=10, overflow="fold")
         table.add_column("reads", width=5)
         table.add_column("", width=3)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dcc import mapping
+from dcc import mapping, page, tables
 from dcc.errors import PlanError
 from dcc.fingerprint import fingerprint
 from dcc.forms import flat, form_of, predictors_of, rows_of, split
@@ -41,6 +41,22 @@ def test_rows_of_coefficients_stand_one_behind_another():
     assert split((), 2) == [(), ()]
     assert (rows_of(BANDS), rows_of({}), rows_of({"tokens": {"select": "random", "ratio": 0.1}})) == (2, 1, 1)
     assert predictors_of({}, LINE) == [LINE] and predictors_of(CLUSTERS, None) == [COPY, LINE]
+
+
+def test_a_plan_says_its_form():
+    assert "form        bands by dct over 4x6 tokens, cutoff 0.1: low copy, high taylor 1" in str(plan(BANDS))
+    assert "form        clusters of channels: 1 copy, 2 taylor 1" in str(plan(CLUSTERS))
+    line = {"bands": BANDS["bands"] | {"transform": "fft", "grid": None}}
+    assert "bands by fft, cutoff 0.1" in str(plan(line))
+    assert "form        tokens: select=random, ratio=0.1" in str(plan({"tokens": {"select": "random", "ratio": 0.1}}))
+    assert "form" not in str(plan({})).replace("forms", "")
+
+
+def test_tables_show_every_part():
+    made = plan(BANDS)
+    assert page._forecast(made, 3, 0) == "forecast, +1 of step 2, +0 of step 0; +1.5 of step 2, -0.5 of step 0"
+    cells = list(tables.steps_table(made).columns[2].cells)
+    assert [str(cell) for cell in cells[2:4]] == ["computed", "+1 of 2, +0 of 0; +1.5 of 2, -0.5 of 0"]
 
 
 @pytest.mark.parametrize("form", [BANDS, CLUSTERS], ids=["bands", "clusters"])
