@@ -53,11 +53,11 @@ def plan_file(tmp_path: Path) -> Path:
 def test_help_lists_the_commands():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "evaluate", "sites", "plan"):
+    for command in ("demo", "policies", "evaluate", "sites", "plan"):
         assert f"│ {command} " in result.stdout
 
 
-@pytest.mark.parametrize("command", [("demo",), ("evaluate",), ("sites",), ("plan",), ("plan", "show")])
+@pytest.mark.parametrize("command", [("demo",), ("policies",), ("evaluate",), ("sites",), ("plan",), ("plan", "show")])
 def test_every_command_has_help(command: tuple[str, ...]):
     assert run(*command, "--help").exit_code == 0
 
@@ -96,6 +96,22 @@ def test_demo_refuses_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # permissions do not bind the superuser
     result = run("demo", "--out", tmp_path / "x.png", COLUMNS="300")
     assert result.exit_code == 1 and "cannot be written to" in result.stderr
+
+
+@pytest.mark.usefixtures("no_work")
+def test_policies_are_listed_shown_and_refused_without_a_pipeline():
+    listed = run("policies", COLUMNS="80")
+    assert listed.exit_code == 0 and "timestep-adaptive (" in listed.stdout and "t_gate" in listed.stdout
+    shown = run("policies", "t_gate")
+    for part in ("Freezes cross-attention", "T-GATE", "2404.02747", "sp_interval=", "drop_guidance="):
+        assert part in shown.stdout
+    unknown = run("policies", "magic", COLUMNS="2000")
+    assert unknown.exit_code == 1 and not unknown.stdout
+    assert unknown.stderr.startswith("error: unknown policy 'magic'") and "fastercache" in unknown.stderr
+
+
+def test_the_help_of_demo_points_to_the_table():
+    assert "dcc policies" in run("demo", "--help", COLUMNS="200").stdout
 
 
 @pytest.mark.usefixtures("no_work")

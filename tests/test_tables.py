@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from dcc.plan import Plan, make_plan, with_costs
+from dcc.policies import POLICIES
 from dcc.predictors import Predictor
 from dcc.report import Report, Row
-from dcc.tables import demo_table, plan_table, steps_table
+from dcc.tables import demo_table, plan_table, policies_table, policy_table, steps_table
 from dcc.text import count, decibels, human_seconds, render
 
 
@@ -60,6 +61,23 @@ def test_plan_tables_show_parameters_mask_and_anchors():
     lines = render(steps_table(a_plan(steps=8)), 60).splitlines()
     assert len(lines) == 9
     assert "computed" in lines[1] and "+1 of 0" in lines[2] and "of 4" in lines[6] and "of 0" in lines[6]
+
+
+def test_the_table_of_policies_breaks_no_word_at_80_columns():
+    text = render(policies_table(list(POLICIES.values())), 80)
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    printed = set(text.split())
+    for method in POLICIES.values():
+        facts = (method.name, method.trigger, method.predictor, method.needs.replace("nothing", ""), method.checked)
+        assert [word for fact in facts for word in fact.split() if word not in printed] == [], method.name
+
+
+@pytest.mark.parametrize("method", POLICIES.values(), ids=lambda method: method.name)
+def test_a_policy_is_shown_whole_on_a_narrow_terminal(method):
+    text = render(policy_table(method), 60)
+    assert max(map(len, text.splitlines())) <= 60 and "…" not in text
+    for value in (method.title, *(f"{name}=" for name in method.parameters)):
+        assert value in text
 
 
 def test_units():
