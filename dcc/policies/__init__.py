@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dcc.errors import PolicyError
-from dcc.policies import hybrid, layer_adaptive, predictive, static, timestep_adaptive
+from dcc.policies import hybrid, hybrid_blocks, layer_adaptive, predictive, static, timestep_adaptive
 from dcc.policies.base import DEFAULT_SITE, Cached, Method, Policy, Setting
 
 __all__ = ["DEFAULT_SITE", "POLICIES", "Cached", "Method", "Policy", "Setting", "make_policy", "names"]
@@ -13,7 +13,7 @@ __all__ = ["DEFAULT_SITE", "POLICIES", "Cached", "Method", "Policy", "Setting", 
 DEFAULT_POLICY = "taylorseer"
 POLICIES: dict[str, Method] = {
     value.name: value
-    for module in (static, timestep_adaptive, layer_adaptive, predictive, hybrid)
+    for module in (static, timestep_adaptive, layer_adaptive, predictive, hybrid, hybrid_blocks)
     for value in vars(module).values()
     if isinstance(value, Method)
 }
