@@ -8,6 +8,7 @@ Reads benchmarks/results/survey_<pipeline>.json and writes survey.png beside the
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import matplotlib
 import measure
@@ -20,6 +21,11 @@ CLASSES = {
     "hybrid": "#8e44ad",
 }
 LOWEST, HIGHEST = 1.05, 10.0  # speed-ups that are drawn
+
+
+def title(row: dict[str, Any]) -> str:
+    """The name of a row's method, without its settings."""
+    return " ".join(word for word in row["name"].split(" ") if "=" not in word)
 
 
 def front(points: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
@@ -37,11 +43,7 @@ def main() -> None:
         data = json.loads((measure.RESULTS / f"survey_{name}.json").read_text())
         rows = [row for row in data["rows"] if LOWEST < row.get("speedup", 0.0) < HIGHEST]
         for kind, colour in CLASSES.items():
-            points = [
-                (row["speedup"], row["psnr"], row["name"].split(" ")[0])
-                for row in rows
-                if row["family"] == f"survey: {kind}"
-            ]
+            points = [(row["speedup"], row["psnr"], title(row)) for row in rows if row["family"] == f"survey: {kind}"]
             axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], s=18, color=colour, alpha=0.35)
             best = front(points)
             label = f"{kind.replace('_', '-')}, best of {len({title for _, _, title in points})}"

@@ -122,6 +122,11 @@ def conformance(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def title(row: dict[str, Any]) -> str:
+    """The name of a row's method, without its settings."""
+    return " ".join(word for word in row["name"].split(" ") if "=" not in word)
+
+
 def survey(results: list[dict[str, Any]]) -> str:
     """The best method of every class of the survey at some ratios of FLOPs, and the searched plan."""
     lines = ["| pipeline | class | 2x | 3x | 5x |", "|---|---|---|---|---|"]
@@ -132,7 +137,7 @@ def survey(results: list[dict[str, Any]]) -> str:
             for budget in (2, 3, 5):
                 fitting = [r for r in data["rows"] if r["family"] == family and r.get("speedup", 0) >= 0.98 * budget]
                 best = max(fitting, key=lambda row: row["psnr"], default=None)
-                named = "" if best is None or family == "dcc solver" else f" ({best['name'].split(' ')[0]})"
+                named = "" if best is None or family == "dcc solver" else f" ({title(best)})"
                 cells.append(f"{best['psnr']:.1f} dB{named}" if best else "-")
             label = "searched plan" if family == "dcc solver" else family.removeprefix("survey: ").replace("_", "-")
             lines.append(f"| `{data['pipeline']}` | {label} | {' | '.join(cells)} |")
@@ -152,7 +157,7 @@ def methods(results: list[dict[str, Any]]) -> str:
         cells = []
         for data in results:
             rows = [row for row in data["rows"] if row["parameters"].get("policy") == method.name]
-            rows = rows or [row for row in data["rows"] if row["name"].split(" ")[0] == method.title]
+            rows = rows or [row for row in data["rows"] if title(row) == method.title]
             run = [f"{row['speedup']:.2f}x {row['psnr']:.1f} dB" for row in rows if "speedup" in row]
             cells.append("; ".join(run) or (f"refuses: {rows[0]['reason']}" if rows else "needs trained weights"))
         facts = (method.kind.replace("_", "-"), method.trigger, method.predictor, method.source, method.checked)
