@@ -265,7 +265,7 @@ def table(pipeline, interval):
     ("pipeline", "name", "parameters", "psnr", "speedup"),
     [
         ("mmdit", "block_caching", {"delta": 0.1}, 37, 1.1),
-        ("mmdit", "bac", {"interval": 2}, 36, 1.8),
+        ("mmdit", "bac", {"interval": 2}, 36, 1.65),
         ("mmdit", "feb_cache", {}, 36, 1.75),
         ("mmdit", "l2c", {}, 39.5, 1.95),
         ("mmdit", "lazydit", {}, 39.5, 1.95),
