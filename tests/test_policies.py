@@ -103,7 +103,7 @@ def test_bad_order_names_the_range():
 
 
 def test_unknown_policy_lists_the_known_ones():
-    with pytest.raises(PolicyError, match=r"'magic'.*interval, taylorseer"):
+    with pytest.raises(PolicyError, match="'magic'; there are: interval, deepcache, "):
         make_policy("magic", Setting(range(10)), {})
 
 
