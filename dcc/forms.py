@@ -98,7 +98,10 @@ def form_of(form: dict[str, Any], sites: Sequence[Site], name: str) -> Form | No
                     f"{'[batch, tokens, channels]' if bands.transform == 'fft' else 'tokens or pixels'}"
                 )
             if bands.transform == "dct" and len(shape) == 3:
-                fitted(bands.grid, shape[1])
+                try:
+                    fitted(bands.grid, shape[1])
+                except PlanError as error:
+                    raise PlanError(f"{site.name!r}: {error}") from error
         return bands
     if "clusters" in form:
         clusters = Clusters(tuple(form["clusters"]["of_channel"]))

@@ -119,7 +119,7 @@ def test_forms_become_what_passes_take():
 @pytest.mark.parametrize(
     ("form", "site", "problem"),
     [
-        ({"bands": BANDS["bands"] | {"grid": [5, 5]}}, TOKENS, "24 tokens do not fill the grid 5x5"),
+        ({"bands": BANDS["bands"] | {"grid": [5, 5]}}, TOKENS, "'h': 24 tokens do not fill the grid 5x5"),
         ({"bands": BANDS["bands"] | {"grid": None}}, TOKENS, "of no known size"),
         ({"bands": BANDS["bands"] | {"transform": "fft"}}, PIXELS, r"bands by 'fft' need \[batch, tokens, channels\]"),
         (BANDS, Site("o", "value", (Port("o"),), ((2, 3),)), "need tokens or pixels"),
