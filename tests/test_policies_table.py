@@ -37,7 +37,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "mixcache": {"threshold": 0.5, "block_threshold": 0.5},
 }
 LEARNED = {"l2c": 1.0, "harmonica": 1.0, "lazydit": 0.0}  # a mask of this number reuses everything
-WEIGHTS = ("fastcache",)  # tested with weights of its own in test_policies_forms
+WEIGHTS = ("fastcache",)  # tested with weights of its own in test_correctors
 REFUSALS = {
     "mmdit": {
         "deepcache": "U-Net with a skip connection 0",

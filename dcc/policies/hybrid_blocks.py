@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dcc.errors import PolicyError
-from dcc.policies.base import Cached, Policy, Setting, between, every, method, whole
+from dcc.policies.base import Cached, Policy, Setting, between, changes, every, method, whole
 from dcc.predictors import Predictor
 
 
@@ -49,7 +49,7 @@ def fastcache(
     if interval is not None:
         masks = [every(setting, interval, first)] * len(blocks)
     else:
-        moved = [setting.profile.neighbours[:, setting.profile.sites.index(block)].mean(0) for block in blocks]
+        moved = [changes(setting, block) for block in blocks]
         masks = [tuple(int(s < first or not v < threshold) for s, v in enumerate(change.tolist())) for change in moved]
     pairs = zip(blocks, masks, strict=True)
     return Policy(tuple(Cached(block, mask, Predictor("zero"), form) for block, mask in pairs))
