@@ -63,7 +63,6 @@ class Subject:
         """The sites of the denoiser."""
         return dcc.sites(self.compiled)
 
-
     @cached_property
     def setting(self) -> Any:
         """What policies may look at, measured once, on calibration prompts."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 
@@ -10,7 +12,11 @@ from dcc.capture import Call, Captured
 from dcc.errors import PlanError
 from dcc.passes.base import GUIDANCE, Site
 from dcc.plan import Plan
+from dcc.predictors import Predictor
+from dcc.sites import Sites
+from dcc.token_grid import token_grid
 
+LOW_PART = 5  # FasterCache's low frequencies reach to the fifth part of the shorter side
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative distance of equal halves; 2e-2 at lower precision
 
 
@@ -65,6 +71,33 @@ def check_call(call: Call, moving: Collection[str]) -> None:
                 f"{name}: the plan leaves out the unconditional half of a guidance batch, but this call's halves hold "
                 "different samples; call with guidance as in the run that was compiled for, or compile for this one"
             )
+
+
+def weighed_bands(
+    sites: Sites, levels: Sequence[float], weights: Sequence[float], windows: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """FasterCache's form of `uncond` (arXiv 2410.19355): its low and high frequencies, each with a weight and a window.
+
+    A band is multiplied by its weight at every step that reuses it at a timestep, of 1000, inside its window; {} where
+    both weights are 1. Low are at most min(H, W) // 5 waves across the picture, as released; the cosine transform,
+    which takes the place of the released Fourier transform, counts half waves. An output of tokens whose grid no input
+    tells is split along the tokens.
+    """
+    if all(weight == 1 for weight in weights):
+        return {}
+    predictors, scale = [], 1000 if max(levels) <= 1.0 + 1e-6 else 1
+    for weight, (low, high) in zip(weights, windows, strict=True):
+        inside = [step for step, level in enumerate(levels) if low < level * scale < high]
+        since, until = (inside[0], inside[-1] + 1) if inside else (0, 0)
+        options = (("rate", float(weight)), ("since", float(since)), ("until", float(until)))
+        predictors.append(Predictor("growing", 0, options).as_json())
+    shape = sites["uncond"].shapes[0]
+    grid = shape[-2:] if len(shape) > 3 else token_grid(sites, shape[1])
+    spec = {"transform": "fft", "cutoff": 2 / LOW_PART, "grid": None, "predictors": predictors}
+    if grid is not None:
+        radius = 2 * (min(grid) // LOW_PART) / max(math.hypot(grid[0] - 1, grid[1] - 1), 1)
+        spec |= {"transform": "dct", "cutoff": min(radius, 1.0), "grid": list(grid) if len(shape) == 3 else None}
+    return {"bands": spec}
 
 
 def _gives_its_half(captured: Captured) -> bool:

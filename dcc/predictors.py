@@ -229,6 +229,17 @@ def scaled(step: float, anchors: Sequence[float], scale: float = 1.0) -> np.ndar
     return np.array([scale])
 
 
+def growing(
+    step: float, anchors: Sequence[float], rate: float = 1.1, since: float = 0, until: float = math.inf
+) -> np.ndarray:
+    """FasterCache's guidance (arXiv 2410.19355): the newest anchor times `rate` for each forecast in a window of steps.
+
+    In the released code and in diffusers the kept difference itself is multiplied at every step of [since, until) that
+    reuses it, so the weight compounds until the difference is computed anew.
+    """
+    return np.array([rate ** max(0.0, min(step, until - 1) - max(anchors[0], since - 1))])
+
+
 def _leaning(anchors: Sequence[float], weight: float) -> np.ndarray:
     """F0 + weight (F0 - F1), however far ahead; the newest anchor as it is where there is no other."""
     return np.array([1.0]) if len(anchors) < 2 else np.array([1.0 + weight, -weight])
@@ -262,10 +273,10 @@ RULES: dict[str, Callable[..., np.ndarray]] = {
     rule.__name__: rule
     for rule in (
         copy, taylor, newton, hermite, adams_bashforth, foca, momentum, goc, extrapolate, bdf2, midpoint,
-        adams_moulton, zero, scaled,
+        adams_moulton, zero, scaled, growing,
     )
 }  # fmt: skip
 ORDERS = {
-    "copy": (0, 0), "zero": (0, 0), "scaled": (0, 0), "goc": (1, 1), "extrapolate": (1, 1), "bdf2": (1, 1),
-    "midpoint": (1, 1), "foca": (2, 2), "adams_moulton": (2, 2),
+    "copy": (0, 0), "zero": (0, 0), "scaled": (0, 0), "growing": (0, 0), "goc": (1, 1), "extrapolate": (1, 1),
+    "bdf2": (1, 1), "midpoint": (1, 1), "foca": (2, 2), "adams_moulton": (2, 2),
 }  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -279,3 +280,13 @@ def between(low: float, high: float, /, **values: float) -> None:
     for name, value in values.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
             raise PolicyError(f"{name}={value!r} must be a number from {low:g} to {high:g}")
+
+
+def ends(window: Sequence[float], name: str = "window") -> tuple[float, float]:
+    """From where to where a window goes. Raises PolicyError for anything but two numbers in order."""
+    if not isinstance(window, Sequence) or len(window) != 2 or isinstance(window, str):
+        raise PolicyError(f"{name}={window!r} must be two numbers, from and to")
+    low, high = window
+    between(-math.inf, math.inf, **{name: low})
+    between(low, math.inf, **{name: high})
+    return low, high

@@ -10,6 +10,7 @@ import numpy as np
 
 from dcc import channel_clusters
 from dcc.errors import PolicyError
+from dcc.guidance import weighed_bands
 from dcc.policies.base import (
     COPY,
     DEFAULT_SITE,
@@ -17,6 +18,7 @@ from dcc.policies.base import (
     Policy,
     Setting,
     between,
+    ends,
     every,
     gram_of,
     listed,
@@ -114,7 +116,6 @@ def mixcache(
     sites="attention and MLP branches",
     trigger="every N-th step, more often towards the end; tokens by norm and age",
     predictor="copy",
-    needs="MLPs that act on each token alone",
 )
 def toca(
     setting: Setting,
@@ -170,7 +171,6 @@ def toca_interval(interval: int, left: int, steps: int) -> int:
     sites="attention and MLP branches, and the stack",
     trigger="full, conservative and aggressive steps in turn; tokens by norm",
     predictor="copy",
-    needs="MLPs that act on each token alone",
 )
 def duca(
     setting: Setting,
@@ -207,7 +207,6 @@ def duca(
     sites="attention and MLP branches",
     trigger="every N-th step; one token a cluster",
     predictor="taylor",
-    needs="MLPs that act on each token alone",
 )
 def clusca(
     setting: Setting, *, interval: int = 5, order: int = 1, first: int = 3, clusters: int = 16, share: float = 0.005
@@ -238,7 +237,6 @@ def clusca(
     sites="MLP branches and the output",
     trigger="tokens by the spread of the output before; dense steps in between",
     predictor="copy",
-    needs="MLPs that act on each token alone, and an output of tokens",
 )
 def ras(
     setting: Setting,
@@ -328,8 +326,9 @@ def omnicache(setting: Setting, *, interval: int = 3, site: str = DEFAULT_SITE) 
     """Computes where the sampling trajectory bends most, one step in `interval` on the whole, spread over the run.
 
     The curvature is the second difference of the raw output between steps, from the profile's Gram matrix, over its
-    norm; the run is cut into pieces of equal total curvature and the first step of each computes. The paper's
-    estimate of the noise that caching adds, and its filter, are left open by the source and out here.
+    norm; the run is cut into pieces of equal total curvature and the first step of each computes. The paper leaves
+    open how reuse is spread over all stages; here the mean curvature is added to every step's own, so that no gap
+    grows beyond twice the interval. Its estimate of the noise that caching adds, and the filter, are left out.
     """
     whole(interval=interval)
     gram, steps = gram_of(setting, "output"), setting.steps
@@ -338,7 +337,8 @@ def omnicache(setting: Setting, *, interval: int = 3, site: str = DEFAULT_SITE) 
         weights = np.zeros(steps)
         weights[s - 1 : s + 2] = 1.0, -2.0, 1.0
         bend[s] = math.sqrt(max(weights @ gram @ weights, 0.0) / max(gram[s, s], np.finfo(float).tiny))
-    total = np.cumsum(bend + bend.mean() / steps) if interval > 1 else np.arange(1.0, steps + 1)
+    even = interval == 1 or not bend.any()
+    total = np.arange(1.0, steps + 1) if even else np.cumsum(bend + bend.mean())
     bounds = np.linspace(0, total[-1], -(-steps // interval) + 1)[:-1]
     nodes = sorted({int(np.searchsorted(total, bound, side="right")) for bound in bounds})
     return Policy((Cached(site, listed(setting, [min(node, steps - 1) for node in nodes])),))
@@ -352,7 +352,7 @@ def omnicache(setting: Setting, *, interval: int = 3, site: str = DEFAULT_SITE) 
     sites="ranges of background blocks",
     trigger="refresh steps",
     predictor="copy",
-    needs="background blocks, or a profile",
+    needs="list or profile",
 )
 def profiling_dit(
     setting: Setting,
@@ -402,27 +402,34 @@ def fastercache(
     weight: float = 0.3,
     start: float = 0.3,
     guidance_interval: int = 5,
-    guidance: bool = True,
+    guidance: bool | None = None,
+    low_weight: float = 1.1,
+    high_weight: float = 1.1,
+    low_window: Sequence[float] = (99, 901),
+    high_window: Sequence[float] = (-1, 301),
 ) -> Policy:
     """Extrapolates attention between the last two computed steps, and reuses what guidance adds.
 
     Attention computes at every `interval`-th step from the `start` share of the run on. The difference of the
     unconditional to the conditional output is computed every `guidance_interval` steps and copied at those between that
-    extrapolate attention, at which only half the batch runs. The released code weighs low and high frequencies of the
-    difference by 1.1 in windows of its own; here both count once. Without a merged batch only attention is cached.
+    extrapolate attention, at which only half the batch runs. Its low and high frequencies are multiplied by
+    `low_weight` and `high_weight` at every reuse inside their windows of timesteps, of 1000, as diffusers does.
+    `guidance` None does so where the batch is merged, True refuses any other run, False caches attention only.
     """
     whole(interval=interval, guidance_interval=guidance_interval)
     between(0.0, 1.0, start=start)
-    between(0.0, 2.0, weight=weight)
+    between(0.0, 2.0, weight=weight, low_weight=low_weight, high_weight=high_weight)
     first = max(2, round(start * setting.steps))
     mask = every(setting, interval, first)
-    rule = Predictor("goc", 1, (("eta", float(weight)),))
+    rule = Predictor("extrapolate", 1, (("weight", float(weight)),))
     caches = [Cached(group, mask, rule) for group in ("self", "heads", "cross") if setting.has(group)]
     if not caches:
         raise PolicyError("fastercache needs attention branches on a residual stream; this denoiser shows none")
-    if guidance and "uncond" in setting.sites:
-        fresh = every(setting, guidance_interval, first)
-        caches.append(Cached("uncond", tuple(max(a, b) for a, b in zip(mask, fresh, strict=True))))
+    if guidance or (guidance is None and "uncond" in setting.sites):
+        fresh = tuple(max(a, b) for a, b in zip(mask, every(setting, guidance_interval, first), strict=True))
+        windows = (ends(low_window, "low_window"), ends(high_window, "high_window"))
+        form = weighed_bands(setting.sites, setting.levels, (low_weight, high_weight), windows)
+        caches.append(Cached("uncond", fresh, form=form))
     return Policy(tuple(caches))
 
 

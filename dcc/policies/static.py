@@ -15,6 +15,7 @@ from dcc.policies.base import (
     Setting,
     between,
     distances,
+    ends,
     every,
     given_mask,
     listed,
@@ -193,7 +194,7 @@ def pab(
     """
     whole(attention=attention, cross=cross)
     whole(0, mlp=mlp)
-    low, high = _ends(window)
+    low, high = ends(window)
     scale = 1000 if max(setting.levels) <= 1.0 + 1e-6 else 1
     inside = [low < level * scale < high for level in setting.levels]
     caches = []
@@ -262,7 +263,7 @@ def blockdance(
     """
     whole(interval=interval)
     between(0.0, 1.0, depth=depth)
-    low, high = (share * setting.steps for share in _ends(window))
+    low, high = (share * setting.steps for share in ends(window))
     blocks = setting.numbered(2)
     if "cut:0" in setting.sites:
         raise PolicyError("blockdance skips the first blocks, whose values this denoiser's skip connections need later")
@@ -290,7 +291,7 @@ def skip_dit(setting: Setting, *, interval: int = 2, window: Sequence[float] = (
     """
     whole(interval=interval)
     blocks = setting.numbered(3)
-    low, high = _ends(window)
+    low, high = ends(window)
     scale = 1000 if max(setting.levels) <= 1.0 + 1e-6 else 1
     mask = [int(s % interval == 0 or not low < t * scale < high) for s, t in enumerate(setting.levels)]
     return Policy((Cached(f"blocks[1:{blocks - 1}]", tuple(mask)),))
@@ -375,14 +376,15 @@ def t_gate(
     sp_interval: int = 5,
     fi_interval: int = 1,
     warm_up: int = 2,
-    drop_guidance: bool = True,
+    drop_guidance: bool | None = None,
 ) -> Policy:
     """Freezes cross-attention behind `gate_step`; self-attention is computed every few steps.
 
     The first `warm_up` steps compute all, then self-attention every `sp_interval` steps up to the gate (2/5 of the run
     unless given, the published 10 of 25), and every `fi_interval` behind it. With `drop_guidance` the conditional half
-    alone runs behind the gate and stands for both, which changes what the sampler computes; the paper also averages the
-    halves of the frozen attention, which is left out.
+    alone runs behind the gate and stands for both, which changes what the sampler computes: None does so where the
+    batch is merged, True refuses any other run. The paper also averages the halves of the frozen attention, and feeds
+    the one pass the negative prompt; both are left out.
     """
     gate = round(0.4 * setting.steps) if gate_step is None else gate_step
     whole(warm_up=warm_up, gate_step=gate, sp_interval=sp_interval, fi_interval=fi_interval)
@@ -392,7 +394,7 @@ def t_gate(
     attention = tuple(int((s - (gate if s >= gate else warm_up)) % phase == 0) for s, phase in enumerate(phases))
     before = tuple(int(s < gate) for s in range(setting.steps))
     caches = [Cached("self", attention), Cached("cross", before)]
-    if drop_guidance and "uncond" in setting.sites:
+    if drop_guidance or (drop_guidance is None and "uncond" in setting.sites):
         caches.append(Cached("uncond", before, Predictor("zero")))
     return Policy(tuple(caches))
 
@@ -466,13 +468,3 @@ def icc(
 def _measured(setting: Setting, name: str) -> str:
     """The site of the profile that speaks for this one: joined heads are measured with their MLP."""
     return name if name in setting.profile.sites else name.replace("/heads", "/attn+mlp")
-
-
-def _ends(window: Sequence[float]) -> tuple[float, float]:
-    """From where to where a window goes. Raises PolicyError for anything but two numbers in order."""
-    if not isinstance(window, Sequence) or len(window) != 2 or isinstance(window, str):
-        raise PolicyError(f"window={window!r} must be two numbers, from and to")
-    low, high = window
-    between(-math.inf, math.inf, window=low)
-    between(low, math.inf, window=high)
-    return low, high

@@ -33,7 +33,7 @@ from dcc.triggers import Accumulate, AlignedProbe, Anchored, TransformRate
     sites="stack",
     trigger="accumulated change of the modulated input",
     predictor="copy",
-    needs="polynomial, or a profile to fit it",
+    needs="polynomial or profile",
     syncs="1",
 )
 def teacache(
@@ -141,7 +141,7 @@ def easycache(setting: Setting, *, threshold: float = 0.05, first: int = 5) -> P
     sites="stack",
     trigger="calibrated magnitude ratios, accumulated on the host",
     predictor="copy",
-    needs="ratios, or a profile",
+    needs="ratios or profile",
 )
 def magcache(
     setting: Setting,
