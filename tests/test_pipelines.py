@@ -233,7 +233,7 @@ BAD_COMPILES = {
     "no prompts": (errors.PromptError, "empty", {"calib_prompts": []}),
     "a bare string": (errors.PromptError, "must be a list", {"calib_prompts": "a red circle"}),
     "prompts of a wrong type": (errors.PromptError, r"calib_prompts\[1\] is a int", {"calib_prompts": ["a", 3]}),
-    "unknown policy": (errors.PolicyError, "there are: interval, taylorseer", {"policy": "teacup"}),
+    "unknown policy": (errors.PolicyError, "there are: interval, deepcache", {"policy": "teacup"}),
     "unknown keyword": (errors.PolicyError, "'intervall'.*it takes: interval", {"policy": "interval", "intervall": 2}),
     "a policy's keyword alone": (errors.PolicyError, "of a policy.*policy='interval'", {"interval": 2}),
     "policy and budget": (errors.PolicyError, "speedup: a budget is for", {"policy": "interval", "speedup": 2}),
