@@ -13,6 +13,8 @@ from typing import Any
 import matplotlib
 import measure
 
+from dcc.policies import POLICIES
+
 CLASSES = {
     "static": "#8c8c8c",
     "timestep_adaptive": "#c47f17",
@@ -23,9 +25,9 @@ CLASSES = {
 LOWEST, HIGHEST = 1.05, 10.0  # speed-ups that are drawn
 
 
-def title(row: dict[str, Any]) -> str:
+def method_of(row: dict[str, Any]) -> str:
     """The name of a row's method, without its settings."""
-    return " ".join(word for word in row["name"].split(" ") if "=" not in word)
+    return POLICIES[row["parameters"]["policy"]].title
 
 
 def front(points: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
@@ -43,7 +45,8 @@ def main() -> None:
         data = json.loads((measure.RESULTS / f"survey_{name}.json").read_text())
         rows = [row for row in data["rows"] if LOWEST < row.get("speedup", 0.0) < HIGHEST]
         for kind, colour in CLASSES.items():
-            points = [(row["speedup"], row["psnr"], title(row)) for row in rows if row["family"] == f"survey: {kind}"]
+            ran = [row for row in rows if row["family"] == f"survey: {kind}"]
+            points = [(row["speedup"], row["psnr"], method_of(row)) for row in ran]
             axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], s=18, color=colour, alpha=0.35)
             best = front(points)
             label = f"{kind.replace('_', '-')}, best of {len({title for _, _, title in points})}"
@@ -51,7 +54,7 @@ def main() -> None:
             for x, y, title in best[:: max(1, len(best) // 3)]:
                 axes.annotate(title, (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7, color=colour)
         ours = sorted((row["speedup"], row["psnr"]) for row in rows if row["family"] == "dcc solver")
-        axes.plot(*zip(*ours, strict=True), "D-", lw=3, color="black", label="searched plan")
+        axes.plot([x for x, _ in ours], [y for _, y in ours], "D-", lw=3, color="black", label="searched plan")
         axes.set(xscale="log", xlabel="denoiser FLOPs, uncached over cached", title=name)
         axes.set_xticks([1.5, 2, 3, 4, 5, 7], ["1.5x", "2x", "3x", "4x", "5x", "7x"])
         axes.minorticks_off()

@@ -24,7 +24,7 @@ def spread(name: str, values: Sequence[Any], **fixed: Any) -> list[dict[str, Any
     return [fixed | {name: value} for value in values]
 
 
-INTERVALS = (2, 4)
+INTERVALS = (2, 4, 6)
 EVERY = spread("interval", INTERVALS)
 THRESHOLDS = (0.08, 0.3)
 SETTINGS: dict[str, list[dict[str, Any]]] = {

@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dcc.policies import POLICIES
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 POLICIES_README = HERE.parent / "dcc" / "policies" / "README.md"
@@ -122,11 +124,6 @@ def conformance(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def title(row: dict[str, Any]) -> str:
-    """The name of a row's method, without its settings."""
-    return " ".join(word for word in row["name"].split(" ") if "=" not in word)
-
-
 def survey(results: list[dict[str, Any]]) -> str:
     """The best method of every class of the survey at some ratios of FLOPs, and the searched plan."""
     lines = ["| pipeline | class | 2x | 3x | 5x |", "|---|---|---|---|---|"]
@@ -137,7 +134,8 @@ def survey(results: list[dict[str, Any]]) -> str:
             for budget in (2, 3, 5):
                 fitting = [r for r in data["rows"] if r["family"] == family and r.get("speedup", 0) >= 0.98 * budget]
                 best = max(fitting, key=lambda row: row["psnr"], default=None)
-                named = "" if best is None or family == "dcc solver" else f" ({title(best)})"
+                policy = best and best["parameters"].get("policy")  # a searched plan has none
+                named = f" ({POLICIES[policy].title})" if policy else ""
                 cells.append(f"{best['psnr']:.1f} dB{named}" if best else "-")
             label = "searched plan" if family == "dcc solver" else family.removeprefix("survey: ").replace("_", "-")
             lines.append(f"| `{data['pipeline']}` | {label} | {' | '.join(cells)} |")
@@ -146,8 +144,6 @@ def survey(results: list[dict[str, Any]]) -> str:
 
 def methods(results: list[dict[str, Any]]) -> str:
     """Every method: what it is, and what it reaches on both pipelines, or why it does not run."""
-    from dcc.policies import POLICIES
-
     names = [data["pipeline"] for data in results]
     lines = [
         "| method | policy | class | decided by | forecast | source | checked | " + " | ".join(names) + " |",
@@ -157,7 +153,6 @@ def methods(results: list[dict[str, Any]]) -> str:
         cells = []
         for data in results:
             rows = [row for row in data["rows"] if row["parameters"].get("policy") == method.name]
-            rows = rows or [row for row in data["rows"] if title(row) == method.title]
             run = [f"{row['speedup']:.2f}x {row['psnr']:.1f} dB" for row in rows if "speedup" in row]
             cells.append("; ".join(run) or (f"refuses: {rows[0]['reason']}" if rows else "needs trained weights"))
         facts = (method.kind.replace("_", "-"), method.trigger, method.predictor, method.source, method.checked)

@@ -249,9 +249,7 @@ def _prepare(
     return arm
 
 
-def _planned(
-    policy: str, parameters: dict[str, Any], setting: Setting, base: CompiledDenoiser, target: Target
-) -> Plan:
+def _planned(policy: str, parameters: dict[str, Any], setting: Setting, base: CompiledDenoiser, target: Target) -> Plan:
     decided = make_policy(policy, setting, parameters)
     return plan_for(decided, setting, base.recording, target, policy, parameters)
 

@@ -366,9 +366,7 @@ class CompiledDenoiser(DenoiserProxy):
         """The plan's coefficients of the selectors that `row` forecasts."""
         return tuple(self.plan.coefficients[step][k] for k, computed in enumerate(row) if computed != 1)
 
-    def _rows(
-        self, row: tuple[int, ...], weights: tuple[tuple[float, ...], ...]
-    ) -> tuple[tuple[float, ...], ...]:
+    def _rows(self, row: tuple[int, ...], weights: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
         """Rows of coefficients of the selectors that `row` forecasts: as many for each as its form has parts."""
         forecast = [k for k, computed in enumerate(row) if computed != 1]
         pairs = zip(forecast, weights, strict=True)

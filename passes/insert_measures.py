@@ -72,9 +72,7 @@ class InsertMeasures(Pass):
         return len(extra)
 
     @staticmethod
-    def _references(
-        graph_module: GraphModule, look: Look, value: Node, row: Row, seen: dict[str, Node]
-    ) -> list[Node]:
+    def _references(graph_module: GraphModule, look: Look, value: Node, row: Row, seen: dict[str, Node]) -> list[Node]:
         """The graph inputs that hold what the look compares with."""
         ages = {"zero": (), "forecast": range(row.anchors), "anchor": (0,), "older": (1,), "previous": ("previous",)}
         found = []
