@@ -54,6 +54,7 @@ def compile(
     data_range: float | None = None,
     seed: int = 0,
     backend: str = "inductor",
+    mode: str = "default",
     progress: Callable[[str], None] | None = None,
     **parameters: Any,
 ) -> Any:
@@ -81,6 +82,7 @@ def compile(
         data_range: of the final samples, for PSNR; 1 for a pipeline's pixels, else the range of the uncached samples.
         seed: of the search and of the first prompt's noise.
         backend: "inductor" or "eager".
+        mode: what Inductor is asked for, as in torch.compile: "default", "max-autotune" ...
         progress: called with one line before each stage.
         parameters: parameters of the policy (interval, order, site, steps_mask, ...) and arguments of the pipeline's
             call (num_inference_steps, height, width, guidance_scale, ...) as they will be served.
@@ -115,7 +117,7 @@ def compile(
 
     # one variant per distinct row of the schedule, lowered and compared with eager on the recorded inputs
     observer = Observer()
-    net = denoiser_for(target.module, plan, run, lambda c, p: build(c, p, observer), backend, guard)
+    net = denoiser_for(target.module, plan, run, lambda c, p: build(c, p, observer), backend, guard, mode)
     net.families.append(build(captured, plan, observer, sites))
     net.__dict__["capture_seconds"] = captured_after
     net.warm(run.first, say)

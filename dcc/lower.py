@@ -1,7 +1,8 @@
 """Lowers the graph of one variant to a callable for fixed shapes. The only file that uses torch._inductor.
 
+Sizes are fixed, repeated blocks outlined, and the graph goes straight to Inductor.
 Each lowered variant is compared once with its eager graph, on the first real inputs it gets; where they disagree the
-eager graph serves, and the reason is kept (DESIGN contract 6).
+graph is lowered without outlining, then not at all, and the reason is kept (DESIGN contract 6).
 """
 
 from __future__ import annotations
@@ -9,19 +10,22 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dcc.errors import LoweringError
 from dcc.passes.base import Correction, state_of
 from dcc.passes.forms import Constant
-from dcc.passes.graph import copy_of
+from dcc.passes.outline_blocks import outline_blocks
+from dcc.passes.specialize import specialize
 
 BACKENDS = ("inductor", "eager")
+MODES = ("default", "max-autotune-no-cudagraphs")  # of torch.compile's
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
@@ -52,48 +56,62 @@ class Program:
     call: Callable[..., Sequence[Tensor]]
     seconds: float = 0.0
     problem: str | None = None
-    checked: bool = field(default=False)
+    bodies: int = 0  # compiled once and called for several blocks
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Runs on `values` in the order of `variant.inputs`; the first call also runs and compares the eager graph."""
-        if self.checked:
-            return list(self.call(*values))
-        expected = list(self.variant.graph_module(*values))
-        if self.backend != "eager":
-            self.problem = self.problem or _compare(self.call, values, expected)
-            if self.problem:
-                self.backend, self.call = "eager", self.variant.graph_module
-        self.checked = True
-        return expected
+        """Runs on `values` in the order of `variant.inputs`."""
+        return list(self.call(*values))
 
 
-def lower(variant: Variant, values: Sequence[Tensor], backend: str) -> Program:
-    """A program for inputs like `values`. Falls back to eager, with the reason, where Inductor fails."""
+def lower(variant: Variant, values: Sequence[Tensor], backend: str, mode: str = "default") -> Program:
+    """A program for inputs like `values`, compared on them; a safer lowering, with the reason, where it is wrong."""
     if backend not in BACKENDS:
         raise LoweringError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    if mode not in MODES:
+        raise LoweringError(f"unknown mode {mode!r}; there are: {', '.join(MODES)}")
     if backend == "eager":
-        return Program(variant, "eager", variant.graph_module, checked=True)
-    start = time.perf_counter()
-    try:
-        call = _inductor(variant.graph_module, values)
-    except Exception as error:  # Inductor raises many kinds; the reason is kept and shown by summary()
-        reason = f"Inductor: {type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
-        return Program(variant, "eager", variant.graph_module, time.perf_counter() - start, reason, checked=True)
-    return Program(variant, "inductor", call, time.perf_counter() - start)
+        return Program(variant, "eager", variant.graph_module)
+    start, problems = time.perf_counter(), []
+    expected = variant.graph_module(*values)
+    for outline in (True, False):
+        try:
+            lowered = _inductor(variant, values, mode, outline)
+            if lowered is None:
+                continue
+            call, bodies = lowered
+            problem = _compare(call, values, expected)
+        except Exception as error:  # Inductor raises many kinds; the reason is kept and shown by summary()
+            problem = f"Inductor: {type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+        if problem is None:
+            seconds = time.perf_counter() - start
+            return Program(variant, "inductor", call, seconds, "; ".join(problems) or None, bodies)
+        problems.append(f"with outlined blocks: {problem}" if outline else problem)
+    return Program(variant, "eager", variant.graph_module, time.perf_counter() - start, "; ".join(problems))
 
 
-def _inductor(graph_module: GraphModule, values: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    """Straight to Inductor, without Dynamo: the graph is captured already, so there is nothing to guard or to break."""
+def _inductor(
+    variant: Variant, values: Sequence[Tensor], mode: str, outline: bool
+) -> tuple[Callable[..., Sequence[Tensor]], int] | None:
+    """The call and how many bodies it shares; None where there is nothing to outline.
+
+    Without Dynamo: the graph is captured already, so there is nothing to guard or to break. Inductor keeps what it
+    makes on disk, by graph, versions, settings and device, so a second process finds it there.
+    """
     import torch._inductor  # two seconds that a user of the eager backend need not wait
 
-    lowered = copy_of(graph_module)
-    for node in lowered.graph.nodes:
-        node.meta.pop("val", None)  # symbolic shapes of the capture; Inductor sees the shapes of `values`
-    mode = FakeTensorMode()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations; under -W error they would stop the lowering
-        fakes = [mode.from_tensor(value.detach()) for value in values]
-        return torch._inductor.compile(lowered, fakes)
+        fake_mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor keeps nothing on disk without one
+        fakes = [fake_mode.from_tensor(value.detach(), static_shapes=True) for value in values]
+        with fake_mode:
+            graph_module = specialize(variant.graph_module, fakes)
+        bodies = outline_blocks(graph_module)[0] if outline else 0
+        if outline and not bodies:
+            return None
+        for node in graph_module.graph.nodes:
+            node.meta.pop("val", None)  # Inductor makes its own
+        options = torch._inductor.list_mode_options(mode)
+        return torch._inductor.compile(graph_module, fakes, options), bodies
 
 
 def _compare(call: Callable[..., Sequence[Tensor]], values: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:

@@ -67,10 +67,11 @@ class CompiledDenoiser(DenoiserProxy):
         build: Callable[[Captured, Plan], Family],
         backend: str,
         guard: bool | dict[int, list[float]] = False,
+        mode: str = "default",
     ) -> None:
         super().__init__(original)
         self.__dict__["guard"] = guard  # a dict collects errors by step instead of acting on them
-        self.__dict__.update(plan=plan, backend=backend, sessions=Sessions(), programs={}, families=[])
+        self.__dict__.update(plan=plan, backend=backend, mode=mode, sessions=Sessions(), programs={}, families=[])
         self.__dict__.update(recording=recording, _build=build, _lock=threading.RLock(), _tables={}, factors=Factors())
         self.__dict__.update(
             _session=ContextVar("session", default=None), _numbers=itertools.count(), capture_seconds=0.0
@@ -102,7 +103,8 @@ class CompiledDenoiser(DenoiserProxy):
         """The same capture and recording with another plan; state, programs and counters are its own."""
         from dcc.triggered import denoiser_for  # it derives from this class
 
-        net = denoiser_for(self.original, plan, self.recording, self._build, backend or self.backend, self.guard)
+        backend = backend or self.backend
+        net = denoiser_for(self.original, plan, self.recording, self._build, backend, self.guard, self.mode)
         for family in self.families:
             net.families.append(self._build(family.captured, plan))
             net.families[-1].proven |= family.proven  # else its shapes are compared with the eager module once more
@@ -198,7 +200,7 @@ class CompiledDenoiser(DenoiserProxy):
         if key not in self.programs:
             with self._lock:
                 if key not in self.programs:
-                    self.programs[key] = lower(variant, inputs, self.backend)
+                    self.programs[key] = lower(variant, inputs, self.backend, self.mode)
         return self.programs[key]
 
     @contextlib.contextmanager

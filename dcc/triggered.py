@@ -295,10 +295,11 @@ def denoiser_for(
     build: Callable[[Captured, Plan], Family],
     backend: str,
     guard: bool = False,
+    mode: str = "default",
 ) -> CompiledDenoiser:
     """The denoiser that runs a plan: static, or with a trigger."""
     kind = TriggeredDenoiser if plan.trigger else CompiledDenoiser
-    return kind(original, plan, recording, build, backend, guard)
+    return kind(original, plan, recording, build, backend, guard, mode)
 
 
 def _pick(tensor: Tensor, who: Chosen, batched: bool = True) -> Tensor:

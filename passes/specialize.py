@@ -1,0 +1,45 @@
+"""Fixes the sizes of a graph to those of given inputs: sizes become numbers, every value gets its real shape and stride.
+
+    n = sym_size(x, 1); y = view(x, [n, -1])    -->    y = view(x, [1024, -1])
+
+For lowering, which makes code for one set of shapes. Takes and gives a whole graph; edits nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+
+def specialize(graph_module: GraphModule, values: Sequence[Tensor]) -> GraphModule:
+    """A copy for inputs like `values` (fake or real tensors, one for each placeholder); its metas are like them."""
+    graph, copies = Graph(), {}
+    numbers: dict[Node, Any] = {}  # nodes that are sizes, or made of sizes
+    known: dict[Node, Any] = {}
+    inputs = iter(values)
+    modules = dict(graph_module.named_modules())
+
+    def copied(value: Any) -> Any:
+        return map_arg(value, lambda node: numbers[node] if node in numbers else copies[node])
+
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder":
+            known[node] = next(inputs)
+        elif node.op == "output":
+            graph.output(copied(node.args[0]))
+            break
+        else:
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+            function = modules[node.target] if node.op == "call_module" else node.target
+            known[node] = function(*args, **kwargs)
+            if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(known[node])):
+                numbers[node] = known[node]
+                continue
+        copies[node] = graph.create_node(node.op, node.target, copied(node.args), copied(dict(node.kwargs)), node.name)
+        copies[node].meta = {**node.meta, "val": known[node]}
+    return GraphModule(graph_module, graph)
