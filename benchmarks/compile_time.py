@@ -3,8 +3,8 @@
     python benchmarks/compile_time.py [--repeats 3]
 
 Every measurement is a process of its own with an empty Inductor cache ("cold") or the one that the cold run left
-("warm"). Seconds are those from the built module to its compiled variants: for dcc the recording of the first steps, the
-capture and the lowering of all variants, for torch.compile the first call less a second one. Writes
+("warm"). Seconds are those from the built module to its compiled variants: for dcc a recorded run, the capture and the
+lowering of all variants, for torch.compile the first call less a second one. Writes
 benchmarks/results/compile_time.json.
 """
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dcc.capture import Captured
+from dcc.coalesce import coalesced
 from dcc.correctors import corrected, corrections, map_flops
 from dcc.errors import PlanError
 from dcc.forms import form_of
@@ -43,6 +44,7 @@ def cost(plan: Plan, sites: Sites) -> Plan:
     flow = Dataflow(sites.captured.graph_module)
     forms = _used_forms(plan)
     _ = _row_forms(plan, selected)  # raises where one does not fit its sites
+    selected = _coalesced(plan, selected, sites)
     maps = _corrections(plan, sites, selected)
     relative = [[corrected(site, maps, live=False) for site in group] for group in selected]
     flops = {row: row_flops(flow, sites, relative, row, forms) for row in plan.rows}
@@ -83,6 +85,7 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
         check_halves(captured)
     cached = [any(row[k] != 1 for row in plan.schedule) for k in range(len(plan.sites))]
     forms, maps = _row_forms(plan, selected), _corrections(plan, sites, selected)
+    selected = _coalesced(plan, selected, sites)
     selected = tuple(tuple(corrected(site, maps) for site in group) for group in selected)
     variants = {}
     for index, decisions in enumerate(plan.rows):
@@ -96,6 +99,16 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
         )
         variants[decisions] = variant(captured, row, f"row{index}", observer)
     return Family(captured, selected, variants)
+
+
+def _coalesced(plan: Plan, selected: Sequence[tuple[Site, ...]], sites: Sites) -> tuple[tuple[Site, ...], ...]:
+    """The sites of each selector, joined where one tensor does for several; not those of a form or a trigger."""
+    if plan.trigger:
+        return tuple(selected)
+    return tuple(
+        group if form else coalesced(group, sites, [site for other in selected if other is not group for site in other])
+        for group, form in zip(selected, _used_forms(plan) or [{}] * len(plan.sites), strict=True)
+    )
 
 
 def _used_forms(plan: Plan) -> list[dict[str, Any]]:

@@ -81,7 +81,8 @@ def lower(variant: Variant, values: Sequence[Tensor], backend: str, mode: str = 
             call, bodies = lowered
             problem = _compare(call, values, expected)
         except Exception as error:  # Inductor raises many kinds; the reason is kept and shown by summary()
-            problem = f"Inductor: {type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+            first_line = next(iter(str(error).strip().splitlines()), "")
+            problem = f"Inductor: {type(error).__name__}: {first_line[:200]}"
         if problem is None:
             seconds = time.perf_counter() - start
             return Program(variant, "inductor", call, seconds, "; ".join(problems) or None, bodies)

@@ -53,7 +53,7 @@ def outline_blocks(graph_module: GraphModule) -> tuple[int, int]:
         for region in regions:
             _call(graph_module, f"body_{index}", region, replaced)
     if groups:
-        legalize_graph(graph_module)  # a call stands where its block ended; what used the block's values may stand before
+        legalize_graph(graph_module)  # a call stands at its block's end, perhaps behind what uses the block's values
     return len(groups), sum(map(len, groups))
 
 

@@ -1,4 +1,4 @@
-"""Fixes the sizes of a graph to those of given inputs: sizes become numbers, every value gets its real shape and stride.
+"""Fixes the sizes of a graph to those of given inputs: sizes become numbers, every value gets its real shape.
 
     n = sym_size(x, 1); y = view(x, [n, -1])    -->    y = view(x, [1024, -1])
 

@@ -21,7 +21,8 @@ def fixed(shape):
     mode = FakeTensorMode(shape_env=ShapeEnv())
     real = torch.randn(shape)
     with mode:
-        return captured.graph_module, specialize(captured.graph_module, [mode.from_tensor(real, static_shapes=True)]), real
+        after = specialize(captured.graph_module, [mode.from_tensor(real, static_shapes=True)])
+    return captured.graph_module, after, real
 
 
 def test_sizes_become_numbers_and_leave_the_graph():
