@@ -7,30 +7,48 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel, WanTransformer3DModel
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Case:
-    """A denoiser, its inputs for one step, and the plan to time it with."""
+    """A denoiser, its inputs for one step, and the site that a forecast of nearly everything uses."""
 
     name: str
     build: Callable[[], nn.Module]
-    inputs: Callable[[], dict[str, Any]]
+    inputs: Callable[[torch.Generator], dict[str, Any]]
     sample: str  # the input that moves
-    steps: int
-    policy: dict[str, Any]
+    site: str
+    steps: int = 16
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    scale: float = 1.0  # of the timesteps
+    branches: tuple[str, ...] | None = None  # where diffusers' TaylorSeer forecasts, if its default finds nothing
+
+    def network(self) -> nn.Module:
+        """The same denoiser every time."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            net = self.build()
+        net = net if self.dtype == torch.float32 else net.to(self.dtype)
+        return net.eval().requires_grad_(False)
+
+    def arguments(self) -> dict[str, Any]:
+        """The inputs of the first step."""
+        drawn = self.inputs(torch.Generator().manual_seed(0))
+        return {name: value.to(self.device, self.dtype) for name, value in drawn.items()} | {"return_dict": False}
 
 
 def loop(case: Case) -> Callable[[nn.Module, Any], Tensor]:
     """One sampling run: the output is fed back into the sample with a small step."""
+    first = case.arguments()  # once: the same prompt tensors in every run, as a server's prompt cache would have them
 
     @torch.no_grad()
     def run(net: nn.Module, prompt: Any) -> Tensor:
-        inputs = case.inputs()
+        inputs = dict(first)
         for step in range(case.steps):
-            inputs["timestep"] = torch.full_like(inputs["timestep"], 1.0 - step / case.steps)
+            inputs["timestep"] = torch.full_like(inputs["timestep"], case.scale * (1.0 - step / case.steps))
             inputs[case.sample] = inputs[case.sample] - net(**inputs)[0] / case.steps
         return inputs[case.sample]
 
@@ -49,50 +67,113 @@ def mmdit() -> nn.Module:
         joint_attention_dim=512,
         pooled_projection_dim=256,
         axes_dims_rope=(8, 28, 28),
-    ).eval()
+    )
 
 
-def mmdit_inputs() -> dict[str, Any]:
-    """1024 image and 64 text tokens."""
-    draw = torch.Generator().manual_seed(0)
-    grid = torch.stack(torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij"), -1).flatten(0, 1)
+def mmdit_inputs(draw: torch.Generator, side: int = 32, text: int = 64, wide: int = 512, pooled: int = 256) -> dict:
+    """side x side image tokens and `text` text tokens."""
+    grid = torch.stack(torch.meshgrid(torch.arange(float(side)), torch.arange(float(side)), indexing="ij"), -1)
     return {
-        "hidden_states": torch.randn(1, 1024, 64, generator=draw),
-        "encoder_hidden_states": torch.randn(1, 64, 512, generator=draw),
-        "pooled_projections": torch.randn(1, 256, generator=draw),
+        "hidden_states": torch.randn(1, side * side, 64, generator=draw),
+        "encoder_hidden_states": torch.randn(1, text, wide, generator=draw),
+        "pooled_projections": torch.randn(1, pooled, generator=draw),
         "timestep": torch.ones(1),
-        "img_ids": torch.cat([torch.zeros(1024, 1), grid], 1),
-        "txt_ids": torch.zeros(64, 3),
-        "return_dict": False,
+        "img_ids": torch.cat([torch.zeros(side * side, 1), grid.flatten(0, 1)], 1),
+        "txt_ids": torch.zeros(text, 3),
     }
 
 
+def flux() -> nn.Module:
+    """19 double and 38 single blocks of width 3072, with guidance embedded."""
+    return FluxTransformer2DModel(guidance_embeds=True)
+
+
+def flux_inputs(draw: torch.Generator) -> dict[str, Any]:
+    """1024 x 1024 pixels, 512 text tokens, and the guidance that the distilled model takes."""
+    return mmdit_inputs(draw, 64, 512, 4096, 768) | {"guidance": torch.full((1,), 3.5)}
+
+
 def unet() -> nn.Module:
-    """A three-level U-Net with cross-attention, 128 to 512 channels."""
+    """A three-level U-Net with cross-attention, 96 to 384 channels."""
     return UNet2DConditionModel(
         sample_size=64,
-        block_out_channels=(128, 256, 512),
+        block_out_channels=(96, 192, 384),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=256,
         attention_head_dim=8,
-    ).eval()
+    )
 
 
-def unet_inputs() -> dict[str, Any]:
+def unet_inputs(draw: torch.Generator) -> dict[str, Any]:
     """A batch of two (guidance merged) at 64 x 64."""
-    draw = torch.Generator().manual_seed(0)
     return {
         "sample": torch.randn(2, 4, 64, 64, generator=draw),
-        "timestep": torch.ones(2),
+        "timestep": torch.ones(()),
         "encoder_hidden_states": torch.randn(2, 16, 256, generator=draw),
-        "return_dict": False,
     }
 
 
+def sdxl() -> nn.Module:
+    """The U-Net of SDXL."""
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        layers_per_block=2,
+        transformer_layers_per_block=(1, 2, 10),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=2048,
+        attention_head_dim=(5, 10, 20),
+        use_linear_projection=True,
+    )
+
+
+def sdxl_inputs(draw: torch.Generator) -> dict[str, Any]:
+    """A batch of two (guidance merged) at 1024 x 1024 pixels."""
+    return {
+        "sample": torch.randn(2, 4, 128, 128, generator=draw),
+        "timestep": torch.ones(()),
+        "encoder_hidden_states": torch.randn(2, 77, 2048, generator=draw),
+    }
+
+
+def video() -> nn.Module:
+    """A DiT with cross-attention: 8 blocks of width 512."""
+    return WanTransformer3DModel(
+        num_attention_heads=8, attention_head_dim=64, text_dim=256, freq_dim=256, ffn_dim=2048, num_layers=8
+    )
+
+
+def video_inputs(draw: torch.Generator, size: tuple[int, ...] = (4, 32, 32), text: int = 64, wide: int = 256) -> dict:
+    """Latent frames x height x width, patches of 1 x 2 x 2."""
+    return {
+        "hidden_states": torch.randn(1, 16, *size, generator=draw),
+        "timestep": torch.ones(1),
+        "encoder_hidden_states": torch.randn(1, text, wide, generator=draw),
+    }
+
+
+def wan() -> nn.Module:
+    """The smaller Wan 2.1, 1.3 billion parameters."""
+    return WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30)
+
+
+def wan_inputs(draw: torch.Generator) -> dict[str, Any]:
+    """81 frames of 480 x 832 pixels."""
+    return video_inputs(draw, (21, 60, 104), 512, 4096)
+
+
+OF_VIDEO = {"scale": 1000.0, "branches": (r"blocks\.\d+\.(attn1|attn2|ffn)",)}
 CASES = (
-    Case("mmdit, residual of all blocks", mmdit, mmdit_inputs, "hidden_states", 16, {"interval": 4, "site": "stack"}),
-    Case("mmdit, raw output", mmdit, mmdit_inputs, "hidden_states", 16, {"interval": 4, "site": "output"}),
-    Case("u-net, outermost skip", unet, unet_inputs, "sample", 16, {"interval": 4, "site": "cut:0"}),
+    Case("mmdit", mmdit, mmdit_inputs, "hidden_states", "stack"),
+    Case("dit with cross-attention", video, video_inputs, "hidden_states", "stack", **OF_VIDEO),
+    Case("u-net", unet, unet_inputs, "sample", "cut:0", scale=1000.0),
+)
+GPU = {"device": "cuda", "dtype": torch.bfloat16}
+GPU_CASES = (
+    Case("FLUX.1 geometry, 1024 x 1024", flux, flux_inputs, "hidden_states", "stack", 28, **GPU),
+    Case("SDXL U-Net, 1024 x 1024", sdxl, sdxl_inputs, "sample", "cut:0", 28, **GPU, scale=1000.0),
+    Case("Wan 1.3B geometry, 480p", wan, wan_inputs, "hidden_states", "stack", 28, **GPU, **OF_VIDEO),
 )
