@@ -7,17 +7,15 @@ written to since: a new weight takes effect at once, as it does without hoisting
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from dcc.capture import Call, Captured
-from dcc.lower import Variant
 from dcc.passes.base import Site, once_name
-from dcc.passes.graph import output_node
 from dcc.passes.invariants import invariants, worth_hoisting
 from dcc.passes.split_at import prefix
 from dcc.sites import Sites
@@ -32,50 +30,44 @@ class Once:
     made_from: tuple[Tensor, ...] = ()  # held so that their addresses, which are among the marks, are not given again
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prologue:
-    """The graph that computes once what no step changes. `fixed` names the inputs whose values it reads.
+    """The graph that computes once what no step changes; without `names` there is nothing to compute.
 
-    Other inputs give their sizes only. `layouts` are the strides of each output as variants were lowered for them.
+    `fixed` are the inputs whose values it reads; others give their sizes only. It runs eagerly: lowering takes longer
+    than one run a session saves.
     """
 
-    variant: Variant
-    fixed: tuple[str, ...]
-    layouts: dict[Any, list[tuple[int, ...]]] = field(default_factory=dict)
+    graph_module: GraphModule | None = None
+    inputs: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # of the graph inputs of variants that take its outputs, in order
+    fixed: tuple[str, ...] = ()
 
     def bound(
         self,
         taken: Collection[str],
         given: Call,
         captured: Captured,
-        values: dict[str, Tensor],
+        values: Mapping[str, Tensor],
         held: dict[Any, Once],
-        run: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+        weigh: Callable[[], None],
     ) -> dict[str, Tensor]:
-        """The held values by the name of the graph input; empty where a variant, whose inputs are `taken`, needs none.
+        """The held values by the name of the graph input; none where a variant, whose inputs are `taken`, needs none.
 
         `given` is the call as the caller made it, whose tensors' identity counts, `values` the graph inputs by name,
-        `held` what the stream holds, by the shapes of the call, and `run` calls the prologue's program.
+        `held` what the stream holds, by the shapes of the call; `weigh` is called after a run.
         """
-        if not any(name in taken for name in self.variant.writes):
+        if not any(name in taken for name in self.names):
             return {}
         own = {captured.inputs[p]: t for p, t in zip(given.names, given.tensors, strict=True) if p in captured.inputs}
         marks = tuple(_mark(own.get(name, values[name])) for name in self.fixed)
         shapes = tuple(tensor.shape for tensor in given.tensors)
         if shapes not in held or held[shapes].marks != marks:
-            outputs = run([values[name] for name in self.variant.inputs])
+            outputs = self.graph_module(*(values[name] for name in self.inputs))
             made_from = tuple(own[name] for name in self.fixed if name in own)
-            laid_out = self._laid_out((shapes, outputs[0].device), outputs)
-            held[shapes] = Once(marks, dict(zip(self.variant.writes, laid_out, strict=True)), made_from)
+            held[shapes] = Once(marks, dict(zip(self.names, outputs, strict=True)), made_from)
+            weigh()
         return held[shapes].values
-
-    def _laid_out(self, key: Any, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs with the strides of the first run: lowered variants are made for those."""
-        strides = self.layouts.setdefault(key, [tensor.stride() for tensor in outputs])
-        return [
-            t if t.stride() == s else torch.empty_strided(t.shape, s, dtype=t.dtype, device=t.device).copy_(t)
-            for t, s in zip(outputs, strides, strict=True)
-        ]
 
 
 def hoisted(captured: Captured, sites: Sites, selected: Iterable[Iterable[Site]]) -> tuple[str, ...]:
@@ -94,15 +86,15 @@ def moving_inputs(captured: Captured) -> set[str]:
     return {name for path, name in captured.inputs.items() if path not in captured.fixed}
 
 
-def prologue(captured: Captured, names: Sequence[str]) -> Prologue | None:
-    """The prologue of these nodes of the captured graph, None where there are none."""
+def prologue(captured: Captured, names: Sequence[str]) -> Prologue:
+    """The prologue of these nodes of the captured graph."""
     if not names:
-        return None
+        return Prologue()
     graph_module = prefix(captured.graph_module, names)
     read = invariants(graph_module, moving_inputs(captured))
     inputs = tuple(node.name for node in graph_module.graph.nodes if node.op == "placeholder")
-    writes = tuple(once_name(node.name) for node in output_node(graph_module).args[0])
-    return Prologue(Variant("once", graph_module, inputs, 0, writes), tuple(name for name in inputs if name in read))
+    fixed = tuple(name for name in inputs if name in read)
+    return Prologue(graph_module, inputs, tuple(map(once_name, names)), fixed)
 
 
 def held_bytes(held: dict[Any, Once]) -> int:

@@ -45,7 +45,7 @@ class Family:
     selectors: tuple[tuple[Site, ...], ...]
     variants: dict[tuple[int, ...], Variant]
     graphs: TriggerGraphs | None = None  # where the plan has a trigger
-    prologue: Prologue | None = None  # where something that no step changes is worth holding
+    prologue: Prologue = field(default_factory=Prologue)  # of what no step changes
     proven: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)  # shapes at which it equals the eager module
 
     @property
@@ -153,7 +153,9 @@ class CompiledDenoiser(DenoiserProxy):
         if self.backend == "inductor" and family.captured.problem is None:
             call = call.contiguous()
         values = family.captured.bindings(call)
-        values |= self._once(family, variant, given, call, values, stream)
+        values |= family.prologue.bound(
+            variant.inputs, given, family.captured, values, stream.once, self.sessions.weigh_hoisted
+        )
         for k, sites in enumerate(family.selectors):
             for site in sites if row[k] != 1 else ():
                 self._bind_anchors(values, site, stream)
@@ -391,23 +393,6 @@ class CompiledDenoiser(DenoiserProxy):
             _, tensors = kept[min(age, len(kept) - 1)]
             for index, tensor in enumerate(tensors):
                 values[anchor_name(site, index, age)] = tensor
-
-    def _once(
-        self, family: Family, variant: Variant, given: Call, call: Call, values: dict[str, Tensor], stream: Stream
-    ) -> dict[str, Tensor]:
-        """What no step changes, as the variant takes it; computed where the stream does not hold it (hoisted.py)."""
-        ran: list[bool] = []
-        if family.prologue is None:
-            return {}
-
-        def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-            ran.append(True)
-            return self.program(family.prologue.variant, call, inputs)(inputs)
-
-        held = family.prologue.bound(variant.inputs, given, family.captured, values, stream.once, run)
-        if ran:
-            self.sessions.weigh_hoisted()
-        return held
 
     def _number(self, step: float, call: Call) -> Tensor:
         """The number of the step [1] int64 on the call's device, made once."""
