@@ -13,6 +13,7 @@ from dcc.correctors import corrected, corrections, map_flops
 from dcc.errors import PlanError
 from dcc.forms import form_of
 from dcc.guidance import check_halves, check_plan, forecasts_guidance
+from dcc.hoisted import hoisted, prologue
 from dcc.lower import Variant
 from dcc.observe import Observer
 from dcc.passes.base import GUIDANCE, Correction, Form, Row, Site
@@ -70,8 +71,13 @@ def row_flops(
     return whole // 2 if any(s.kind == GUIDANCE for s in skipped) else whole
 
 
-def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | None = None) -> Family:
-    """The variants of a plan for one captured graph: a copy of the graph per distinct row, rewritten by the passes."""
+def build(
+    captured: Captured, plan: Plan, observer: Observer, sites: Sites | None = None, hoist: bool = True
+) -> Family:
+    """The variants of a plan for one captured graph: a copy of the graph per distinct row, rewritten by the passes.
+
+    `hoist` takes what no step changes out of them, where that pays; a plan with a trigger computes all at every step.
+    """
     sites = sites or find_sites(captured, captured.call)
     selected = tuple(sites.select(name) for name in plan.sites)
     if plan.trigger:
@@ -86,6 +92,7 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
     cached = [any(row[k] != 1 for row in plan.schedule) for k in range(len(plan.sites))]
     forms, maps = _row_forms(plan, selected), _corrections(plan, sites, selected)
     selected = _coalesced(plan, selected, sites)
+    once = hoisted(captured, sites, selected) if hoist else ()
     selected = tuple(tuple(corrected(site, maps) for site in group) for group in selected)
     variants = {}
     for index, decisions in enumerate(plan.rows):
@@ -96,9 +103,10 @@ def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | Non
             refreshed=refreshes(sites, selected, _used_forms(plan), decisions),
             forms=tuple(form for form, d in zip(forms, decisions, strict=True) if d != 1),
             corrections=tuple(maps),
+            hoisted=once,
         )
         variants[decisions] = variant(captured, row, f"row{index}", observer)
-    return Family(captured, selected, variants)
+    return Family(captured, selected, variants, prologue=prologue(captured, once))
 
 
 def _coalesced(plan: Plan, selected: Sequence[tuple[Site, ...]], sites: Sites) -> tuple[tuple[Site, ...], ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -125,6 +126,7 @@ class Captured:
     out_spec: pytree.TreeSpec
     problem: str | None = None
     varying: frozenset[str] = frozenset()  # paths of the tensors that change from step to step
+    fixed: frozenset[str] = frozenset()  # paths of the tensors that are the very same ones at every step
     guided: bool = False  # the batch is [unconditional; conditional] of the same samples (Recording.guided)
     halves: bool | None = None  # whether half of the batch alone gives its half of the output; None until asked
     _symbols: dict[str, list[Any]] = field(default_factory=dict)
@@ -133,6 +135,10 @@ class Captured:
     def batch(self) -> str:
         """The symbol of the batch's size, or its fixed size as text."""
         return str(output_node(self.graph_module).args[0][0].meta["val"].shape[0])
+
+    def learn(self, varying: Iterable[str], fixed: Iterable[str], guided: bool) -> None:
+        """Notes what a recorded run showed (Recording): inputs that move, those that are kept, and guidance."""
+        self.varying, self.fixed, self.guided = frozenset(varying), frozenset(fixed), guided
 
     def carries_batch(self, node: Node) -> bool:
         """Whether a value of the graph has the samples of the batch as its first dimension."""

@@ -20,7 +20,7 @@ def examine(target: Target, prompts: Sequence[Any], say: Callable[[str], None]) 
     # one functional ATen graph whose weights are inputs
     say("capturing the denoiser")
     captured = capture(target.module, wide)
-    captured.varying, captured.guided = run.varying, run.guided
+    captured.learn(run.varying, run.keys, run.guided)
 
     # with what each value costs and saves
     return run, captured, find_sites(captured, run.first)

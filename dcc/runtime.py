@@ -21,6 +21,7 @@ from dcc.errors import CaptureError, PositionError
 from dcc.forms import split
 from dcc.guard import anchor_error, extra_step
 from dcc.guidance import check_call, forecasts_guidance
+from dcc.hoisted import Prologue
 from dcc.lower import Program, Variant, lower
 from dcc.passes.base import GUIDANCE, STEP, Site, anchor_name, next_name, write_name
 from dcc.passes.forms import Constant
@@ -29,7 +30,7 @@ from dcc.plan import Plan, is_full
 from dcc.predictors import newton
 from dcc.proxy import DenoiserProxy
 from dcc.record import Recording
-from dcc.session import Sessions, Stream
+from dcc.session import Counts, Sessions, Stream
 from dcc.summary import Summary
 from dcc.trigger_graphs import TriggerGraphs
 
@@ -44,6 +45,7 @@ class Family:
     selectors: tuple[tuple[Site, ...], ...]
     variants: dict[tuple[int, ...], Variant]
     graphs: TriggerGraphs | None = None  # where the plan has a trigger
+    prologue: Prologue = field(default_factory=Prologue)  # of what no step changes
     proven: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)  # shapes at which it equals the eager module
 
     @property
@@ -126,7 +128,7 @@ class CompiledDenoiser(DenoiserProxy):
                     family.proven.add(shapes)
                     return family
             captured = capture(self.original, call)
-            captured.varying, captured.guided = self.recording.varying, self.recording.guided
+            captured.learn(self.recording.varying, self.recording.keys, self.recording.guided)
             self.families.append(self._build(captured, self.plan))
             self.families[-1].proven.add(shapes)
             return self.families[-1]
@@ -149,9 +151,13 @@ class CompiledDenoiser(DenoiserProxy):
         if halved:  # the forecast makes the unconditional half from the conditional one
             whole = batch_of(call, self.recording)
             call = family.captured.part(call, slice(whole // 2, None))
+        given = call  # the identity of the caller's own tensors tells requests apart, so only here:
         if self.backend == "inductor" and family.captured.problem is None:
-            call = call.contiguous()  # only here: the identity of the caller's own tensors tells requests apart
+            call = call.contiguous()
         values = family.captured.bindings(call)
+        values |= family.prologue.bound(
+            variant.inputs, given, family.captured, values, stream.once, self.sessions.weigh_hoisted
+        )
         for k, sites in enumerate(family.selectors):
             for site in sites if row[k] != 1 else ():
                 self._bind_anchors(values, site, stream)
@@ -189,6 +195,7 @@ class CompiledDenoiser(DenoiserProxy):
                 full = is_full(row)  # what other rows write may be of half the batch, or of some tokens
                 own = stream if full else replace(stream, anchors=dict(stream.anchors), states=dict(stream.states))
                 self.run(family, call, own, row, step, self._planned(step, row))
+        self.sessions.counts = Counts()
 
     def program(self, variant: Variant, call: Call, inputs: Sequence[Tensor]) -> Program:
         """The variant lowered for calls of these shapes; lowers it where it is not yet.

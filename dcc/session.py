@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dcc.hoisted import Once, held_bytes
+
 MAX_STREAMS = 64  # abandoned generations beyond this many are forgotten, the oldest first
 
 
@@ -24,6 +26,7 @@ class Stream:
     extra: set[int] = field(default_factory=set)  # steps that the guard has computed besides the planned ones
     anchors: dict[str, list[tuple[float, tuple[Tensor, ...]]]] = field(default_factory=dict)
     states: dict[str, Tensor] = field(default_factory=dict)  # of token selection, by the name of the graph input
+    once: dict[Any, Once] = field(default_factory=dict)  # what no step changes, by the shapes of the call
     watch: Any = None  # a triggered.Watch, where the plan has a trigger
 
     def keep(self, site: str, step: float, values: tuple[Tensor, ...], limit: int) -> None:
@@ -60,6 +63,8 @@ class Counts:
     mapped: int = 0  # at other noise levels than the plan's
     forgotten: int = 0  # streams dropped because there were more than MAX_STREAMS
     peak_bytes: int = 0
+    peak_hoisted: int = 0  # bytes of what no step changes, apart from the anchors' peak_bytes
+    prologues: int = 0  # times that was computed
     regions: int = 0  # compiled regions entered, under a trigger
     syncs: int = 0  # times a trigger read the device
     flops: int = 0  # spent under a trigger, per sample, and what the same calls take uncached
@@ -119,3 +124,10 @@ class Sessions:
         """Notes the bytes held now; called after anchors were added."""
         with self.lock:
             self.counts.peak_bytes = max(self.counts.peak_bytes, sum(s.bytes() for s in self.streams.values()))
+
+    def weigh_hoisted(self) -> None:
+        """Notes a prologue, and the bytes held of what no step changes; called after one has run."""
+        with self.lock:
+            held = sum(held_bytes(stream.once) for stream in self.streams.values())
+            self.counts.peak_hoisted = max(self.counts.peak_hoisted, held)
+            self.counts.prologues += 1

@@ -33,6 +33,8 @@ class Summary:
     speedup: float  # of FLOPs: as planned, or, under a trigger, so far
     syncs: int = 0
     regions: int = 0
+    hoisted_bytes: int = 0  # of what no step changes, held beside the cache
+    prologues: int = 0  # times that was computed
 
     @classmethod
     def of(cls, net: CompiledDenoiser) -> Summary:
@@ -78,6 +80,8 @@ class Summary:
             speedup=counts.flops_uncached / counts.flops if counts.flops else net.plan.speedup,
             syncs=counts.syncs,
             regions=counts.regions,
+            hoisted_bytes=counts.peak_hoisted,
+            prologues=counts.prologues,
         )
 
     def __rich__(self) -> Table:
@@ -93,6 +97,8 @@ class Summary:
             f"{self.captures} captures, {self.compile_seconds:.1f} s",
             "cache": f"{human_bytes(self.cache_bytes)} at most so far",
         }
+        if self.hoisted_bytes:
+            rows["hoisted"] = f"{human_bytes(self.hoisted_bytes)} at most so far, computed {self.prologues} times"
         if self.plan.trigger:
             rows["so far"] = f"{self.speedup:.2f}x fewer FLOPs, {self.syncs} host reads, {self.regions} regions entered"
         for name, value in rows.items():

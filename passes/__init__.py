@@ -6,6 +6,7 @@ if __name__ != "dcc.passes":
 from dcc.passes.base import Pass
 from dcc.passes.drop_asserts import DropAsserts
 from dcc.passes.drop_dead_nodes import DropDeadNodes
+from dcc.passes.hoist_invariants import HoistInvariants
 from dcc.passes.insert_cache_reads import InsertCacheReads
 from dcc.passes.insert_cache_writes import InsertCacheWrites
 from dcc.passes.insert_correctors import InsertCorrectors
@@ -23,5 +24,6 @@ PASSES: tuple[Pass, ...] = (
     InsertGuidance(),  # behind the reads: the output that it joins may itself be forecast
     InsertMeasures(),  # behind the reads: a drafted forecast that is compared with the truth is one more read
     InsertForecasts(),  # after all reads stand, so that Inductor sees plain arithmetic only
+    HoistInvariants(),  # behind all that names a node: sites, bases and maps may stand on what no step changes
     DropDeadNodes(),  # last: what the reads made dead is the work that is saved
 )

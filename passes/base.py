@@ -118,7 +118,8 @@ class Row:
 
     `forecast` groups sites that share coefficients: group k reads row k of the coefficient input, or as many rows as
     its form takes (`forms`, one a group, None where plain; empty where all are). `watched` values are returned for a
-    trigger to compare with later ones, `looks` are compared in this call. `corrections` make bases of ports.
+    trigger to compare with later ones, `looks` are compared in this call. `corrections` make bases of ports. `hoisted`
+    names nodes whose values come from outside (hoist_invariants.py).
     """
 
     computed: tuple[Site, ...] = ()
@@ -129,6 +130,7 @@ class Row:
     looks: tuple[Look, ...] = ()
     forms: tuple[Form | None, ...] = ()
     corrections: tuple[Correction, ...] = ()
+    hoisted: tuple[str, ...] = ()
 
     def form(self, group: int) -> Form | None:
         """How the group is forecast; None where it is plain."""
@@ -183,6 +185,11 @@ def look_name(look: Look) -> str:
 
 def _label(port: Port) -> str:
     return identifier(f"{port.out} {port.base or 'itself'}")
+
+
+def once_name(node: str) -> str:
+    """Name of the graph input that holds the value of a node that no step changes."""
+    return f"once_{node}"
 
 
 def state_name(kind: str, site: str = "") -> str:
