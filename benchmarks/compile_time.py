@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 DEPTHS = {12: (4, 8), 24: (8, 16), 57: (19, 38)}  # double and single blocks
-STEPS = 16
+MASK = [1, 1, 0, 0, 0, 0, 0, 0]  # 4x
+STEPS = len(MASK)
 
 
 def build(blocks: int) -> torch.nn.Module:
@@ -81,7 +82,7 @@ def with_dcc(blocks: int) -> dict[str, Any]:
 
     net = build(blocks)
     start = time.perf_counter()
-    compiled = dcc.compile(net, [0], sample=sample, policy="taylorseer", interval=4, site="stack")
+    compiled = dcc.compile(net, [0], sample=sample, policy="taylorseer", order=1, steps_mask=MASK, site="stack")
     seconds = time.perf_counter() - start
     programs = list(compiled.programs.values())
     return {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from dcc.passes.costs import Cost
-from dcc.passes.graph import is_tensor
+from dcc.passes.graph import is_tensor, nodes_by_name
 
 NUMBERED = re.compile(r"(?:^|\.)\d+$")
 MIN_SHARE = 0.02  # a stack with less of the FLOPs is an embedder or a head, not a stack of blocks
@@ -70,21 +70,14 @@ def region(blocks: Iterable[Block]) -> set[str]:
 
 
 def leaving(graph_module: GraphModule, inside: set[str], moving: set[str]) -> list[Node]:
-    """Tensors made inside the region, that change from step to step (`moving`), and are used outside of it."""
-    return [
-        node
-        for node in graph_module.graph.nodes
-        if node.name in inside
-        and node.name in moving
-        and is_tensor(node)
-        and any(user.name not in inside for user in node.users)
-    ]
+    """Tensors in graph order, made inside the region, that change from step to step (`moving`), and are used outside of it."""
+    nodes = nodes_by_name(graph_module)
+    found = (nodes[name] for name in inside & moving)
+    return sorted(n for n in found if is_tensor(n) and any(user.name not in inside for user in n.users))
 
 
 def entering(graph_module: GraphModule, inside: set[str]) -> list[Node]:
-    """Tensors made outside the region and used inside of it."""
-    return [
-        node
-        for node in graph_module.graph.nodes
-        if node.name not in inside and is_tensor(node) and any(user.name in inside for user in node.users)
-    ]
+    """Tensors in graph order, made outside the region and used inside of it."""
+    nodes = nodes_by_name(graph_module)
+    sources = {source for name in inside for source in nodes[name].all_input_nodes if source.name not in inside}
+    return sorted(source for source in sources if is_tensor(source))
