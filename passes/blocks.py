@@ -70,14 +70,14 @@ def region(blocks: Iterable[Block]) -> set[str]:
 
 
 def leaving(graph_module: GraphModule, inside: set[str], moving: set[str]) -> list[Node]:
-    """Tensors in graph order, made inside the region, that change from step to step (`moving`), and are used outside of it."""
+    """Tensors made in the region that change from step to step (`moving`) and are used outside, in graph order."""
     nodes = nodes_by_name(graph_module)
     found = (nodes[name] for name in inside & moving)
     return sorted(n for n in found if is_tensor(n) and any(user.name not in inside for user in n.users))
 
 
 def entering(graph_module: GraphModule, inside: set[str]) -> list[Node]:
-    """Tensors in graph order, made outside the region and used inside of it."""
+    """Tensors made outside the region and used inside, in graph order."""
     nodes = nodes_by_name(graph_module)
     sources = {source for name in inside for source in nodes[name].all_input_nodes if source.name not in inside}
     return sorted(source for source in sources if is_tensor(source))
