@@ -70,7 +70,7 @@ def mmdit() -> nn.Module:
     )
 
 
-def mmdit_inputs(draw: torch.Generator, side: int = 32, text: int = 64, wide: int = 512, pooled: int = 256) -> dict:
+def mmdit_inputs(draw: torch.Generator, side: int = 24, text: int = 64, wide: int = 512, pooled: int = 256) -> dict:
     """side x side image tokens and `text` text tokens."""
     grid = torch.stack(torch.meshgrid(torch.arange(float(side)), torch.arange(float(side)), indexing="ij"), -1)
     return {
@@ -96,7 +96,7 @@ def flux_inputs(draw: torch.Generator) -> dict[str, Any]:
 def unet() -> nn.Module:
     """A three-level U-Net with cross-attention, 96 to 384 channels."""
     return UNet2DConditionModel(
-        sample_size=64,
+        sample_size=48,
         block_out_channels=(96, 192, 384),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -107,9 +107,9 @@ def unet() -> nn.Module:
 
 
 def unet_inputs(draw: torch.Generator) -> dict[str, Any]:
-    """A batch of two (guidance merged) at 64 x 64."""
+    """A batch of two (guidance merged) at 48 x 48."""
     return {
-        "sample": torch.randn(2, 4, 64, 64, generator=draw),
+        "sample": torch.randn(2, 4, 48, 48, generator=draw),
         "timestep": torch.ones(()),
         "encoder_hidden_states": torch.randn(2, 16, 256, generator=draw),
     }
@@ -146,7 +146,7 @@ def video() -> nn.Module:
     )
 
 
-def video_inputs(draw: torch.Generator, size: tuple[int, ...] = (4, 32, 32), text: int = 64, wide: int = 256) -> dict:
+def video_inputs(draw: torch.Generator, size: tuple[int, ...] = (4, 24, 24), text: int = 64, wide: int = 256) -> dict:
     """Latent frames x height x width, patches of 1 x 2 x 2."""
     return {
         "hidden_states": torch.randn(1, 16, *size, generator=draw),
