@@ -108,6 +108,26 @@ def with_torch(blocks: int) -> dict[str, Any]:
     return {"seconds": spent[0] - spent[1]}
 
 
+def cache(blocks: int) -> dict[str, Any]:
+    """Cache bytes and tensors of a forecast of order 1: every branch, and every block's residual, joined or not."""
+    import dcc
+    import dcc.build
+
+    net, found = build(blocks), {}
+    for site, joined in (("branches", True), ("blocks", False), ("blocks", True)):
+        if not joined:
+            kept, dcc.build.coalesced = dcc.build.coalesced, lambda group, *_: tuple(group)
+        compiled = dcc.compile(
+            net, [0], sample=sample, policy="taylorseer", order=1, steps_mask=MASK, site=site, backend="eager"
+        )
+        if not joined:
+            dcc.build.coalesced = kept
+        (sites,) = compiled.families[0].selectors
+        tensors = compiled.plan.anchors * sum(len(one.ports) for one in sites)
+        found[site if joined else f"{site}, apart"] = {"bytes": compiled.plan.cache_bytes, "tensors": tensors}
+    return found
+
+
 def child(which: str, blocks: int, folder: str) -> dict[str, Any]:
     """One measurement in a process of its own, with Inductor's cache in `folder`."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
@@ -140,7 +160,7 @@ def main(
     """Measures and writes the result file."""
     if child_:
         which, blocks = child_.split(":")
-        print(json.dumps({"dcc": with_dcc, "torch": with_torch}[which](int(blocks))))
+        print(json.dumps({"dcc": with_dcc, "torch": with_torch, "cache": cache}[which](int(blocks))))
         return
     rows = [measured(24, "torch", repeats), *(measured(blocks, "dcc", repeats) for blocks in DEPTHS)]
     base = rows[0]["cold_s"]
@@ -150,7 +170,8 @@ def main(
         share = [f"{row[kind] / base:.2f}" if row["blocks"] == 24 else "" for kind in ("cold_s", "warm_s")]
         table.add_row(named, str(row["blocks"]), f"{row['cold_s']:.1f} s", share[0], f"{row['warm_s']:.1f} s", share[1])
     Console().print(table)
-    print(measure.write("compile_time", {"repeats": repeats, "rows": rows}))
+    kept = child("cache", 57, tempfile.gettempdir())
+    print(measure.write("compile_time", {"repeats": repeats, "rows": rows, "cache": kept}))
 
 
 if __name__ == "__main__":

@@ -71,9 +71,7 @@ def row_flops(
     return whole // 2 if any(s.kind == GUIDANCE for s in skipped) else whole
 
 
-def build(
-    captured: Captured, plan: Plan, observer: Observer, sites: Sites | None = None, hoist: bool = True
-) -> Family:
+def build(captured: Captured, plan: Plan, observer: Observer, sites: Sites | None = None, hoist: bool = True) -> Family:
     """The variants of a plan for one captured graph: a copy of the graph per distinct row, rewritten by the passes.
 
     `hoist` takes what no step changes out of them, where that pays; a plan with a trigger computes all at every step.
