@@ -83,7 +83,7 @@ def hoisting(data: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in data["rows"]:
-        saved = f"{row['saved_share']:.1%}" if "saved_share" in row else row["problem"]
+        saved = f"{row['saved_share']:.1%}".replace("-0.0%", "0.0%") if "saved_share" in row else row["problem"]
         lines.append(
             f"| {row['case']} | {row['hoisted_share']:.1%} | {saved} | {row['hoisted_share_released']:.1%} "
             f"| {row['hoisted_values']} values, {row['hoisted_bytes'] / 1e6:.1f} MB "
