@@ -64,7 +64,8 @@ def compile_time(data: dict[str, Any]) -> str:
     lines += [
         "",
         "Cache of a first-order forecast of all 57 blocks (256 + 32 tokens of width 256): every branch before its "
-        f"gate {kept['branches']}; every block's residual {kept['blocks, apart']}, which coalescing makes {kept['blocks']}.",
+        f"gate {kept['branches']}; every block's residual {kept['blocks, apart']}, which coalescing makes "
+        f"{kept['blocks']}.",
     ]
     return "\n".join(lines)
 
