@@ -23,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 import dcc
-from dcc.errors import DccError, DemoError, LoweringError, PipelineError, PolicyError, PromptError, SettingError
-from dcc.lower import BACKENDS
+from dcc.errors import DccError, DemoError, PipelineError, PolicyError, PromptError, SettingError
+from dcc.lower import check_backend
 from dcc.pipeline import load_pipeline
 from dcc.policies import DEFAULT_POLICY, POLICIES, Setting, make_policy, parameter_names
 from dcc.text import count, decibels
@@ -91,8 +91,7 @@ def demo(
     parameters = {name: value for name, value in given.items() if value is not None}
     with contextlib.suppress(SettingError):  # bad names and values are refused before any work
         make_policy(policy, Setting(range(settings["num_inference_steps"])), parameters)
-    if backend not in BACKENDS:
-        raise LoweringError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    check_backend(backend)
     out = _writable(out or Path(f"dcc-demo-{pipeline}.png"))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -149,8 +148,7 @@ def evaluate(
     for option, path in (("--html", html), ("--csv", csv), ("--json", json)):
         if path is not None:
             _writable(path, option)
-    if backend not in BACKENDS:
-        raise LoweringError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    check_backend(backend)
     call = dcc.demo.settings(pipeline) if pipeline in dcc.demo.names() else {}
     call |= {} if steps is None else {"num_inference_steps": steps}
     before = torch.get_num_threads()

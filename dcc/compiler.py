@@ -12,10 +12,10 @@ from torch import nn
 from dcc import mapping
 from dcc.build import build, cost
 from dcc.capture import capture
-from dcc.errors import LoweringError, PlanError, PolicyError
+from dcc.errors import PlanError, PolicyError
 from dcc.examine import examine
 from dcc.fingerprint import fingerprint
-from dcc.lower import BACKENDS
+from dcc.lower import check_backend
 from dcc.observe import Observer
 from dcc.pipeline import (
     Target,
@@ -92,7 +92,7 @@ def compile(
     say = progress or (lambda line: None)
     start = time.perf_counter()
     budgets = {"speedup": speedup, "quality": quality, "latency": latency, "cache_bytes": cache_bytes}
-    policy_kwargs, call_kwargs = _split(model, policy, plan, backend, budgets, parameters)
+    policy_kwargs, call_kwargs = _split(model, policy, plan, backend, mode, budgets, parameters)
     target = make_target(model, sample, call_kwargs)
     prompts = check_prompts(calib_prompts, text=not isinstance(model, nn.Module))
     budget = None if policy or plan else budget_of(**budgets, effort=effort, prompts=prompts)
@@ -207,12 +207,12 @@ def _split(
     policy: str | None,
     plan: Plan | None,
     backend: str,
+    mode: str,
     budgets: dict[str, float | None],
     parameters: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separates policy parameters from arguments of the pipeline's call; refuses what is neither."""
-    if backend not in BACKENDS:
-        raise LoweringError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    check_backend(backend, mode)
     if plan is not None and policy is not None:
         raise PolicyError("give policy= or plan=, not both")
     if plan is not None and not isinstance(plan, Plan):

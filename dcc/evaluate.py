@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dcc.compiler import check_plan, compile, cost
-from dcc.errors import LoweringError, PipelineError, PolicyError
-from dcc.lower import BACKENDS
+from dcc.errors import PipelineError, PolicyError
+from dcc.lower import check_backend
 from dcc.pipeline import (
     PipelineTarget,
     Samples,
@@ -341,8 +341,7 @@ def _check(
 ) -> list[Any]:
     """The prompts as a list. Raises PromptError, LoweringError or PipelineError for malformed arguments."""
     checked = check_prompts(prompts, text=is_pipeline(model))
-    if backend not in BACKENDS:
-        raise LoweringError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    check_backend(backend)
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise PipelineError(f"batch_size={batch_size!r} must be a whole number of 1 or more")
     if data_range is not None and not data_range > 0:

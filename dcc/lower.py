@@ -63,12 +63,16 @@ class Program:
         return list(self.call(*values))
 
 
+def check_backend(backend: str, mode: str = "default") -> None:
+    """Raises LoweringError, listing what there is, for an unknown backend or mode."""
+    for kind, value, known in (("backend", backend, BACKENDS), ("mode", mode, MODES)):
+        if value not in known:
+            raise LoweringError(f"unknown {kind} {value!r}; there are: {', '.join(known)}")
+
+
 def lower(variant: Variant, values: Sequence[Tensor], backend: str, mode: str = "default") -> Program:
     """A program for inputs like `values`, compared on them; a safer lowering, with the reason, where it is wrong."""
-    if backend not in BACKENDS:
-        raise LoweringError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
-    if mode not in MODES:
-        raise LoweringError(f"unknown mode {mode!r}; there are: {', '.join(MODES)}")
+    check_backend(backend, mode)
     if backend == "eager":
         return Program(variant, "eager", variant.graph_module)
     start, problems = time.perf_counter(), []
