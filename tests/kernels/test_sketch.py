@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dcc.sketch import COORDINATES, ROWS, SIZE, coordinates, sketch
+from dcc.kernels.sketch import COORDINATES, ROWS, SIZE, coordinates, reference
 
 TOKENS, CHANNELS, DRAWS = 64, 384, 60
 
@@ -41,7 +41,7 @@ FEATURES = [independent, shared_mean, constant, loud_channel, channel_means]
 def sketched(*features):
     """Sketches [v, SIZE] of features without a batch."""
     values = torch.stack(features)[:, None]
-    return sketch(values, values[0])[:, 0].double()
+    return reference(values, values[0])[:, 0].double()
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -89,35 +89,35 @@ def test_exactly_linear(size):
 @pytest.mark.parametrize("size", [1, 77, SIZE - 1, SIZE])
 def test_small_features_are_kept_as_they_are(size):
     values = torch.randn(2, 3, size)
-    assert torch.equal(sketch(values, values[0]), values)
+    assert torch.equal(reference(values, values[0]), values)
 
 
 @pytest.mark.parametrize("size", [SIZE + 1, 50_000, ROWS * SIZE + 1])
 def test_the_size_of_a_sketch_does_not_grow(size):
     values = torch.randn(1, 2, size)
-    assert sketch(values, values[0]).shape == (1, 2, SIZE)
+    assert reference(values, values[0]).shape == (1, 2, SIZE)
     assert coordinates(values, values[0]).shape == (1, 2, COORDINATES)
 
 
 def test_samples_are_sketched_apart():
     values = torch.randn(2, 3, 40, 300)
-    whole = sketch(values, values[0])
+    whole = reference(values, values[0])
     for sample in range(3):
         alone = values[:, sample : sample + 1]
-        assert torch.equal(whole[:, sample : sample + 1], sketch(alone, alone[0]))
+        assert torch.equal(whole[:, sample : sample + 1], reference(alone, alone[0]))
 
 
 def test_frames_folded_into_the_batch_belong_to_their_sample():
     like = torch.randn(2, 4)
     frames = torch.randn(1, 2 * 5, 40, 300)  # five frames of each of two samples
-    assert torch.equal(sketch(frames, like), sketch(frames.view(1, 2, 5 * 40, 300), like))
-    assert sketch(torch.randn(1, 7, 1000), like).shape == (1, 1, SIZE)  # no multiple of two: one sample
+    assert torch.equal(reference(frames, like), reference(frames.view(1, 2, 5 * 40, 300), like))
+    assert reference(torch.randn(1, 7, 1000), like).shape == (1, 1, SIZE)  # no multiple of two: one sample
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_dtype_is_summed_in_float32(dtype):
     values = torch.randn(1, 1, 20_000).to(dtype)
-    for function in (sketch, coordinates):
+    for function in (reference, coordinates):
         result = function(values, values[0])
         assert result.dtype == torch.float32
         assert torch.equal(result, function(values.float(), values[0]))
@@ -135,15 +135,15 @@ def test_coordinates_are_numbers_of_the_feature():
 
 SCRIPT = """
 import hashlib, torch
-from dcc.sketch import coordinates, sketch
+from dcc.kernels.sketch import coordinates, reference
 values = (torch.arange(2 * 30_000) % 97).float().view(1, 2, 30_000)
-both = torch.cat([sketch(values, values[0]), coordinates(values, values[0])], dim=-1)
+both = torch.cat([reference(values, values[0]), coordinates(values, values[0])], dim=-1)
 print(hashlib.sha256(both.numpy().tobytes()).hexdigest())
 """
 
 
 def test_the_same_in_every_process(tmp_path):
     values = (torch.arange(2 * 30_000) % 97).float().view(1, 2, 30_000)
-    both = torch.cat([sketch(values, values[0]), coordinates(values, values[0])], dim=-1)
+    both = torch.cat([reference(values, values[0]), coordinates(values, values[0])], dim=-1)
     other = subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == hashlib.sha256(both.numpy().tobytes()).hexdigest()
