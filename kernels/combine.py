@@ -120,11 +120,10 @@ def launch(
 
     The result has the memory format of the first anchor. Raises KernelError for shapes that do not fit.
     """
+    check_anchors(coefficients, anchors, per_sample)
     like = anchors[0]
     shape, dim = like.shape, channel_dim(like.dim())
     channels = shape[dim]
-    check(1 <= len(anchors) <= MOST and len(anchors) <= coefficients.shape[-1], f"1 to {MOST} anchors", coefficients)
-    check(not per_sample or coefficients.shape[1] == shape[0], "coefficients of every sample", coefficients, like)
     if of_channel is not None:
         check(of_channel.shape == (channels,), "a row for every channel", of_channel, like)
     if gate is not None:
@@ -155,6 +154,15 @@ def launch(
         BLOCK=BLOCK,
     )
     return out if memory_format(like) is torch.contiguous_format else out.movedim(-1, 1)
+
+
+def check_anchors(coefficients: Tensor, anchors: list[Tensor], per_sample: bool) -> None:
+    """Raises KernelError unless these are 1 to 8 anchors of one shape and dtype, with coefficients for all of them."""
+    most = min(MOST, coefficients.shape[-1])
+    check(1 <= len(anchors) <= most, f"1 to {most} anchors", *anchors)
+    alike = {(anchor.shape, anchor.dtype) for anchor in anchors}
+    check(len(alike) == 1, "anchors of one shape and dtype", *anchors)
+    check(not per_sample or coefficients.shape[1] == anchors[0].shape[0], "a row a sample", coefficients, *anchors)
 
 
 @torch.library.custom_op("dcc::combine", mutates_args=())

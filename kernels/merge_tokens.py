@@ -60,10 +60,8 @@ def launch(
 
     Indices must be in [0, N). Raises KernelError for shapes that do not fit.
     """
-    shape, most = anchors[0].shape, combine.MOST
-    check(all(anchor.shape == shape for anchor in anchors), "anchors of one shape", *anchors)
-    check(1 <= len(anchors) <= most and len(anchors) <= coefficients.shape[-1], f"1 to {most} anchors", coefficients)
-    check(not per_sample or coefficients.shape[1] == shape[0], "coefficients of every sample", coefficients, anchors[0])
+    combine.check_anchors(coefficients, anchors, per_sample)
+    shape = anchors[0].shape
     check(index.dim() == 2 and index.shape[0] == shape[0], "an index of every sample", index, anchors[0])
     check(fresh.shape == (*index.shape, *shape[2:]), "a fresh row for every index", fresh, index, anchors[0])
     samples, tokens, chosen = shape[0], shape[1], index.shape[1]

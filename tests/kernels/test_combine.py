@@ -105,7 +105,6 @@ def gate_of(shape, batch, dtype):
     return torch.randn(one).to(dtype)
 
 
-
 @pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -139,7 +138,9 @@ def test_the_kernel_takes_any_strides(device, agree):
     agree(combine.launch(coefficients, 0, anchors, True), combine.reference(coefficients, 0, anchors, True))
 
 
-@pytest.mark.parametrize(("shape", "last"), [((2, 6, 5, 4), torch.channels_last), ((2, 6, 3, 5, 4), torch.channels_last_3d)])
+@pytest.mark.parametrize(
+    ("shape", "last"), [((2, 6, 5, 4), torch.channels_last), ((2, 6, 3, 5, 4), torch.channels_last_3d)]
+)
 def test_channels_last_stay_so(device, agree, shape, last):
     anchors = [torch.randn(shape, device=device).to(memory_format=last) for _ in range(2)]
     anchors[1] = anchors[1].contiguous()  # one of them lies otherwise
@@ -177,7 +178,10 @@ def test_the_kernel_refuses_what_does_not_fit():
 @pytest.mark.parametrize("shape", [(2, 7, 13), (2, 5, 3, 4)], ids=str)
 def test_the_op(opcheck, shape):
     anchors, coefficients = [torch.randn(shape), torch.randn(shape)], torch.randn(3, 2, 2)
-    of_channel, gate = torch.tensor([0, 1] * 6 + [0])[: shape[combine.channel_dim(len(shape))]], gate_of(shape, 2, torch.float32)
+    of_channel, gate = (
+        torch.tensor([0, 1] * 6 + [0])[: shape[combine.channel_dim(len(shape))]],
+        gate_of(shape, 2, torch.float32),
+    )
     opcheck(combine.op, coefficients, 1, anchors, True)
     opcheck(combine.op, coefficients, 1, anchors, False, of_channel, gate, anchors[0])
     assert torch.equal(combine.op(coefficients, 1, anchors, True), combine.reference(coefficients, 1, anchors, True))

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dcc.kernels.sketch import COORDINATES, ROWS, SIZE, coordinates, reference
+from dcc.kernels.sketch import COORDINATES, ROWS, SIZE, coordinates, launch, op, reference
 
 TOKENS, CHANNELS, DRAWS = 64, 384, 60
 
@@ -147,3 +147,40 @@ def test_the_same_in_every_process(tmp_path):
     both = torch.cat([reference(values, values[0]), coordinates(values, values[0])], dim=-1)
     other = subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == hashlib.sha256(both.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("size", [1, SIZE, SIZE + 1, 30_000, ROWS * SIZE // 3 + 77])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+def test_the_kernel_is_the_reference(device, size, dtype):
+    values = torch.randn(1, 1, size, device=device).to(dtype)
+    result, expected = launch(values, values[0]), reference(values, values[0])
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)  # sums of many numbers, in another order
+    assert result.dtype == torch.float32
+
+
+def test_the_kernel_rotates_large_features(device):
+    """Whole numbers, so that every order of summing gives the same sum: bit for bit."""
+    values = torch.randint(-9, 10, (2, 2 * ROWS * SIZE + 5000), device=device).float()
+    values = values.view(2, 1, -1)[:1]
+    assert torch.equal(launch(values, values[0]), reference(values, values[0]))
+
+
+def test_the_kernel_sketches_samples_apart_and_takes_any_strides(device):
+    values = torch.randint(-9, 10, (2, 3, 70, 129), device=device).float().transpose(2, 3)
+    assert torch.equal(launch(values, values[0]), reference(values, values[0]))
+    frames = values[:1].reshape(1, 3, -1).repeat(1, 2, 1)  # three frames of each of two samples
+    like = torch.zeros(2, 1, device=device)
+    assert torch.equal(launch(frames, like), reference(frames, like))
+
+
+@pytest.mark.parametrize("size", [77, SIZE + 901])
+def test_the_op(opcheck, size):
+    values = torch.randn(2, 3, size)
+    opcheck(op, values, values[0])
+    assert torch.equal(op(values, values[0]), reference(values, values[0]))
+
+
+@pytest.mark.gpu
+def test_bandwidth(bandwidth):
+    values = torch.randn(1, 1, 4608, 3072, device="cuda", dtype=torch.bfloat16)
+    assert bandwidth(lambda: launch(values, values[0]), values.nbytes) > 0
