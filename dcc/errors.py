@@ -53,6 +53,10 @@ class PassError(DccError):
     """A compiler pass produced or received a graph that breaks the invariants of passes/README.md."""
 
 
+class KernelError(DccError):
+    """Tensors that a kernel cannot take, or a kernel that cannot run here."""
+
+
 class LoweringError(DccError):
     """A backend that does not exist, or a variant that no backend could run."""
 

@@ -2,7 +2,7 @@
 
     h = add(x, f(x)); return (g(h),)
 -->
-    s = stack([x, h]); return (g(h), sketch(s, sample), coordinates(s, sample))
+    s = stack([x, h]); return (g(h), sketch.reference(s, sample), sketch.coordinates(s, sample))
 
 A residual's value and its base are sketched apart: sketches are linear, so their difference is the residual's sketch,
 and a base is the value of the block before it. Values of one shape are sketched together, up to TOGETHER numbers at a
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from dcc.kernels import sketch
 from dcc.passes.base import Pass, Row, Site
 from dcc.passes.graph import in_graph_order, insert_call, node_of, nodes_by_name, output_node, sizes
-from dcc.sketch import COORDINATES, SIZE, coordinates, sketch
 
 aten = torch.ops.aten
 TOGETHER = 2**18
+WIDTHS = {sketch.reference: sketch.SIZE, sketch.coordinates: sketch.COORDINATES}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class InsertSketches(Pass):
             members = [nodes[name] for name in group]
             with graph_module.graph.inserting_before(_behind(members[-1])):
                 stacked = insert_call(graph_module, aten.stack.default, members)
-                extra += [_summary(graph_module, function, stacked, like) for function in (sketch, coordinates)]
+                extra += [_summary(graph_module, function, stacked, like) for function in WIDTHS]
         output.args = ((*output.args[0], *extra),)
         return len(extra)
 
@@ -74,7 +75,7 @@ def _summary(graph_module: GraphModule, function: Callable[..., Tensor], stacked
     node = graph_module.graph.call_function(function, (stacked, like))
     count, *rest = sizes(stacked)
     samples = (sizes(like) or (1,))[0]
-    width = min(torch.Size(rest).numel() // samples, SIZE if function is sketch else COORDINATES)
+    width = min(torch.Size(rest).numel() // samples, WIDTHS[function])
     node.meta["val"] = stacked.meta["val"].new_empty((count, samples, width), dtype=torch.float32)
     return node
 

@@ -20,6 +20,9 @@ from torch import Tensor, nn  # noqa: E402
 from torch.fx import Graph, GraphModule, symbolic_trace  # noqa: E402
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads it when it is imported
+
 from dcc.capture import Call, Captured, bind, capture  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from dcc.errors import PassError
+from dcc.kernels import sketch
 from dcc.passes import PASSES, insert_sketches
 from dcc.passes.base import Port, Row, Site
 from dcc.passes.insert_sketches import InsertSketches, groups
 from dcc.passes.text import text
 from dcc.passes.verify import verify
-from dcc.sketch import coordinates, sketch
 
 aten = torch.ops.aten
 RESIDUAL = Site("h", "residual", (Port("add_tensor", "x"),))
@@ -34,8 +34,8 @@ def test_fires(build):
         "%2 = aten.linear.default(%0, %1)  # f32[2, 3]\n"
         "%3 = aten.add.Tensor(%0, %2)  # f32[2, 3]\n"
         "%4 = aten.stack.default([%0, %3])  # f32[2, 2, 3]\n"
-        "%5 = dcc.sketch.sketch(%4, %0)  # f32[2, 2, 3]\n"
-        "%6 = dcc.sketch.coordinates(%4, %0)  # f32[2, 2, 3]\n"
+        "%5 = dcc.kernels.sketch.reference(%4, %0)  # f32[2, 2, 3]\n"
+        "%6 = dcc.kernels.sketch.coordinates(%4, %0)  # f32[2, 2, 3]\n"
         "%7 = aten.gelu.default(%3)  # f32[2, 3]\n"
         "return (%7, %5, %6)\n"
     )
@@ -87,8 +87,8 @@ def test_numbers_agree_with_eager(build, run, dtype):
     output, sketches, chosen = run(graph_module, **values)
     stacked = torch.stack([values["x"], values["x"] + values["x"] @ values["w"].T, expected])
     assert torch.equal(output, expected)
-    assert torch.equal(sketches, sketch(stacked, values["x"]))
-    assert torch.equal(chosen, coordinates(stacked, values["x"]))
+    assert torch.equal(sketches, sketch.reference(stacked, values["x"]))
+    assert torch.equal(chosen, sketch.coordinates(stacked, values["x"]))
 
 
 def test_sketches_follow_other_shapes_than_the_captured(transformer, run):

@@ -4,7 +4,8 @@ A feature of n numbers becomes SIZE numbers: number i is added, with a fixed ran
 products of buckets are then unbiased estimates of <a, b>, with a standard deviation of about sqrt(2 / SIZE) |a| |b|.
 SIZE is prime so that a channel that is large in every token, or a mean that all tokens share, spreads over all buckets
 instead of filling a few; without that, and without a sign of its own for every number, such features (all that
-transformers have) cost a multiple of that error. Up to SIZE numbers are kept as they are.
+transformers have) cost a multiple of that error. Up to SIZE numbers are kept as they are. The kernel reads a feature
+once, in its own dtype; sums of pieces are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dcc.kernels.base import jit, runs_on, tl
+
 SIZE = 4099
 COORDINATES = 1024
 SEED = 20251
 ROWS = 256  # of signs; a larger feature uses them again, rotated
+BLOCK = 128  # buckets of a program
+TILE, PIECE = 8, 64  # rows that it reads at a time, and in all; both divide ROWS
 
 
-def sketch(values: Tensor, like: Tensor) -> Tensor:
+def reference(values: Tensor, like: Tensor) -> Tensor:
     """Sketches features [v, b, ...] of any dtype; returns [v, samples, min(n, SIZE)] float32, n numbers a sample.
 
     `samples` is the first dimension of `like` where that divides b (frames folded into the batch belong to their
@@ -47,7 +52,7 @@ def _fold(flat: Tensor) -> Tensor:
 def coordinates(values: Tensor, like: Tensor) -> Tensor:
     """A fixed subset of at most COORDINATES of the n numbers of each sample, [v, samples, min(n, COORDINATES)] float32.
 
-    `values` and `like` are those of `sketch`.
+    `values` and `like` are those of `reference`.
     """
     flat = per_sample(values, like)
     if flat.shape[-1] <= COORDINATES:
@@ -72,3 +77,71 @@ def signs(device: torch.device) -> Tensor:
 def chosen_coordinates(size: int, device: torch.device) -> Tensor:
     """Indices of COORDINATES of `size` numbers, with repetitions."""
     return torch.randint(0, size, (COORDINATES,), generator=torch.Generator().manual_seed(SEED)).to(device)
+
+
+@jit()
+def _kernel(
+    partial,  # [features, pieces, SIZE]
+    flat,  # [features, size]
+    signs,  # [ROWS, SIZE] int8
+    size,
+    pieces,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    piece, feature = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    bucket = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = (piece * PIECE // ROWS).to(tl.int64)
+    column = (bucket + SIZE - (part * part % SIZE).to(tl.int32)) % SIZE
+    total = tl.zeros([TILE, BLOCK], tl.float32)
+    for turn in range(PIECE // TILE):
+        row = piece * PIECE + turn * TILE + tl.arange(0, TILE)
+        place = row.to(tl.int64)[:, None] * SIZE + column[None, :]
+        sign = tl.load(signs + (row % ROWS)[:, None] * SIZE + column[None, :]).to(tl.float32)
+        total += tl.load(flat + feature * size + place, mask=place < size, other=0).to(tl.float32) * sign
+    tl.store(partial + (feature * pieces + piece) * SIZE + bucket, tl.sum(total, 0), mask=bucket < SIZE)
+
+
+def launch(values: Tensor, like: Tensor) -> Tensor:
+    """Runs the kernel; arguments and result as those of `reference`."""
+    flat = per_sample(values, like)
+    size = flat.shape[-1]
+    if size <= SIZE:
+        return flat.to(torch.float32, copy=True)
+    rows = flat.reshape(-1, size).contiguous()
+    pieces = -(-size // (SIZE * PIECE))
+    partial = torch.empty(rows.shape[0], pieces, SIZE, dtype=torch.float32, device=flat.device)
+    _kernel[(-(-SIZE // BLOCK), pieces, rows.shape[0])](
+        partial,
+        rows,
+        small_signs(flat.device),
+        size,
+        pieces,
+        SIZE=SIZE,
+        ROWS=ROWS,
+        PIECE=PIECE,
+        TILE=TILE,
+        BLOCK=BLOCK,
+    )
+    return partial.sum(1).view(*flat.shape[:2], SIZE)
+
+
+@lru_cache(maxsize=4)
+def small_signs(device: torch.device) -> Tensor:
+    """The signs [ROWS, SIZE] in int8: the kernel reads as many of them as of the feature."""
+    return signs(device).to(torch.int8)
+
+
+@torch.library.custom_op("dcc::sketch", mutates_args=())
+def op(values: Tensor, like: Tensor) -> Tensor:
+    """`reference`, by the kernel on a GPU."""
+    return launch(values, like) if runs_on(values) else reference(values, like).clone()
+
+
+@op.register_fake
+def _(values: Tensor, like: Tensor) -> Tensor:
+    flat = per_sample(values, like)
+    return flat.new_empty((*flat.shape[:2], min(flat.shape[2], SIZE)), dtype=torch.float32)

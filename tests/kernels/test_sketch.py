@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dcc.sketch import COORDINATES, ROWS, SIZE, coordinates, sketch
+from dcc.kernels.sketch import COORDINATES, ROWS, SIZE, coordinates, launch, op, reference
 
 TOKENS, CHANNELS, DRAWS = 64, 384, 60
 
@@ -41,7 +41,7 @@ FEATURES = [independent, shared_mean, constant, loud_channel, channel_means]
 def sketched(*features):
     """Sketches [v, SIZE] of features without a batch."""
     values = torch.stack(features)[:, None]
-    return sketch(values, values[0])[:, 0].double()
+    return reference(values, values[0])[:, 0].double()
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -89,35 +89,35 @@ def test_exactly_linear(size):
 @pytest.mark.parametrize("size", [1, 77, SIZE - 1, SIZE])
 def test_small_features_are_kept_as_they_are(size):
     values = torch.randn(2, 3, size)
-    assert torch.equal(sketch(values, values[0]), values)
+    assert torch.equal(reference(values, values[0]), values)
 
 
 @pytest.mark.parametrize("size", [SIZE + 1, 50_000, ROWS * SIZE + 1])
 def test_the_size_of_a_sketch_does_not_grow(size):
     values = torch.randn(1, 2, size)
-    assert sketch(values, values[0]).shape == (1, 2, SIZE)
+    assert reference(values, values[0]).shape == (1, 2, SIZE)
     assert coordinates(values, values[0]).shape == (1, 2, COORDINATES)
 
 
 def test_samples_are_sketched_apart():
     values = torch.randn(2, 3, 40, 300)
-    whole = sketch(values, values[0])
+    whole = reference(values, values[0])
     for sample in range(3):
         alone = values[:, sample : sample + 1]
-        assert torch.equal(whole[:, sample : sample + 1], sketch(alone, alone[0]))
+        assert torch.equal(whole[:, sample : sample + 1], reference(alone, alone[0]))
 
 
 def test_frames_folded_into_the_batch_belong_to_their_sample():
     like = torch.randn(2, 4)
     frames = torch.randn(1, 2 * 5, 40, 300)  # five frames of each of two samples
-    assert torch.equal(sketch(frames, like), sketch(frames.view(1, 2, 5 * 40, 300), like))
-    assert sketch(torch.randn(1, 7, 1000), like).shape == (1, 1, SIZE)  # no multiple of two: one sample
+    assert torch.equal(reference(frames, like), reference(frames.view(1, 2, 5 * 40, 300), like))
+    assert reference(torch.randn(1, 7, 1000), like).shape == (1, 1, SIZE)  # no multiple of two: one sample
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_dtype_is_summed_in_float32(dtype):
     values = torch.randn(1, 1, 20_000).to(dtype)
-    for function in (sketch, coordinates):
+    for function in (reference, coordinates):
         result = function(values, values[0])
         assert result.dtype == torch.float32
         assert torch.equal(result, function(values.float(), values[0]))
@@ -135,15 +135,52 @@ def test_coordinates_are_numbers_of_the_feature():
 
 SCRIPT = """
 import hashlib, torch
-from dcc.sketch import coordinates, sketch
+from dcc.kernels.sketch import coordinates, reference
 values = (torch.arange(2 * 30_000) % 97).float().view(1, 2, 30_000)
-both = torch.cat([sketch(values, values[0]), coordinates(values, values[0])], dim=-1)
+both = torch.cat([reference(values, values[0]), coordinates(values, values[0])], dim=-1)
 print(hashlib.sha256(both.numpy().tobytes()).hexdigest())
 """
 
 
 def test_the_same_in_every_process(tmp_path):
     values = (torch.arange(2 * 30_000) % 97).float().view(1, 2, 30_000)
-    both = torch.cat([sketch(values, values[0]), coordinates(values, values[0])], dim=-1)
+    both = torch.cat([reference(values, values[0]), coordinates(values, values[0])], dim=-1)
     other = subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == hashlib.sha256(both.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("size", [1, SIZE, SIZE + 1, 30_000, ROWS * SIZE // 3 + 77])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+def test_the_kernel_is_the_reference(device, size, dtype):
+    values = torch.randn(1, 1, size, device=device).to(dtype)
+    result, expected = launch(values, values[0]), reference(values, values[0])
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)  # sums of many numbers, in another order
+    assert result.dtype == torch.float32
+
+
+def test_the_kernel_rotates_large_features(device):
+    """Whole numbers, so that every order of summing gives the same sum: bit for bit."""
+    values = torch.randint(-9, 10, (2, 2 * ROWS * SIZE + 5000), device=device).float()
+    values = values.view(2, 1, -1)[:1]
+    assert torch.equal(launch(values, values[0]), reference(values, values[0]))
+
+
+def test_the_kernel_sketches_samples_apart_and_takes_any_strides(device):
+    values = torch.randint(-9, 10, (2, 3, 70, 129), device=device).float().transpose(2, 3)
+    assert torch.equal(launch(values, values[0]), reference(values, values[0]))
+    frames = values[:1].reshape(1, 3, -1).repeat(1, 2, 1)  # three frames of each of two samples
+    like = torch.zeros(2, 1, device=device)
+    assert torch.equal(launch(frames, like), reference(frames, like))
+
+
+@pytest.mark.parametrize("size", [77, SIZE + 901])
+def test_the_op(opcheck, size):
+    values = torch.randn(2, 3, size)
+    opcheck(op, values, values[0])
+    assert torch.equal(op(values, values[0]), reference(values, values[0]))
+
+
+@pytest.mark.gpu
+def test_bandwidth(bandwidth):
+    values = torch.randn(1, 1, 4608, 3072, device="cuda", dtype=torch.bfloat16)
+    assert bandwidth(lambda: launch(values, values[0]), values.nbytes) > 0

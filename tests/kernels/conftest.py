@@ -1,0 +1,80 @@
+"""Where kernels run, fresh memory full of NaN, and what a kernel reaches of the bandwidth of a copy."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The GPU, or the CPU with Triton's interpreter; what launchers allocate there is NaN until it is written."""
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a CUDA device or TRITON_INTERPRET=1")
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        memory = empty(*args, **kwargs)
+        return memory.fill_(float("nan") if memory.is_floating_point() else -99)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def agree() -> Callable[[Tensor, Tensor], None]:
+    """agree(result, expected): alike in shape, dtype and layout, to the rounding of their dtype."""
+
+    def check(result: Tensor, expected: Tensor) -> None:
+        eps = torch.finfo(expected.dtype).eps
+        torch.testing.assert_close(result, expected, rtol=1.5 * max(eps, 1e-6), atol=1e-5)
+
+    return check
+
+
+@pytest.fixture
+def opcheck() -> Callable[..., None]:
+    """opcheck(op, *arguments): the op keeps what its schema and its fake implementation say."""
+
+    def check(op: Any, *arguments: Any) -> None:
+        torch.library.opcheck(op, arguments)
+
+    return check
+
+
+@pytest.fixture
+def bandwidth(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Callable[..., float]:
+    """bandwidth(run, moved): prints and returns the share of the bandwidth of a copy at which `moved` bytes passed."""
+
+    def measure(run: Callable[[], object], moved: int) -> float:
+        source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        copy = 2 * source.numel() / _seconds(lambda: target.copy_(source))
+        share = moved / _seconds(run) / copy
+        with capsys.disabled():
+            print(f"\n{request.node.name}: {share:.0%} of the copy bandwidth, {copy / 1e9:.0f} GB/s")
+        return share
+
+    return measure
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Median of 20 runs on the GPU."""
+    for _ in range(5):
+        run()
+    seconds = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(seconds)
