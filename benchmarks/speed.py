@@ -1,6 +1,7 @@
 """Wall clock at the same full steps, side by side in one run: eager, torch.compile, other libraries' caches, dcc.
 
     python benchmarks/speed.py [--repeats 3] [--only mmdit]
+    python benchmarks/speed.py --ratios     # dcc alone, at 2x, 4x and 5x; writes speed_ratios.json
 
 Needs benchmarks/requirements-peers.txt. Every contestant has the same weights, inputs and full steps: those of
 diffusers' TaylorSeer at an interval of 4. Ratios are medians of the ratios within one repeat. Writes
@@ -27,7 +28,8 @@ from torch._dynamo.utils import counters
 
 import dcc
 
-PLANS = {"dcc": {}, "dcc, raw output": {"site": "output"}}
+PLANS: dict[str, dict[str, Any]] = {"dcc": {}, "dcc, raw output": {"site": "output"}}
+RATIOS = {f"dcc, every {n}": {"every": n} for n in (2, 4, 6)}
 
 
 class Timed:
@@ -51,14 +53,17 @@ def regions() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def contestants(case: cases.Case, mask: list[int], backend: str) -> Iterator[tuple[Timed | None, str, str]]:
+def contestants(
+    case: cases.Case, mask: list[int], backend: str, ratios: bool
+) -> Iterator[tuple[Timed | None, str, str]]:
     """(contestant, name, "") or (None, name, why it does not run)."""
     sample, ideal = cases.loop(case), len(mask) / sum(mask)
     for compiled in (False, True):
         net = case.network()
         net = torch.compile(net) if compiled else net
         yield Timed("torch.compile" if compiled else "eager", 1.0, lambda net=net: sample(net, 0)), "", ""
-    for name, parameters in PLANS.items():
+    for name, parameters in (RATIOS if ratios else PLANS).items():
+        every = parameters.get("every")
         start = time.perf_counter()
         net = dcc.compile(
             case.network(),
@@ -66,9 +71,9 @@ def contestants(case: cases.Case, mask: list[int], backend: str) -> Iterator[tup
             sample=sample,
             policy="taylorseer",
             order=1,
-            steps_mask=mask,
+            steps_mask=[int(step % every == 0) for step in range(case.steps)] if every else mask,
             backend=backend,
-            **({"site": case.site} | parameters),
+            site=parameters.get("site", case.site),
         )
         seconds = time.perf_counter() - start
         timed = Timed(name, net.plan.speedup, lambda net=net: sample(net, 0))
@@ -77,7 +82,7 @@ def contestants(case: cases.Case, mask: list[int], backend: str) -> Iterator[tup
         timed.regions = summary.programs
         timed.facts = {"cache_bytes": summary.cache_bytes, "problems": list(summary.problems), "syncs": summary.syncs}
         yield timed, name, ""
-    for peer in PEERS:
+    for peer in () if ratios else PEERS:
         for compiled in (False, True):
             name = f"{peer.name}{', compiled' if compiled else ''}"
             net = case.network()
@@ -98,18 +103,16 @@ def peak_memory(found: dict[str, int]) -> Iterator[None]:
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
 
 
-def time_case(case: cases.Case, repeats: int, backend: str, only_dcc: bool) -> dict[str, Any]:
+def time_case(case: cases.Case, repeats: int, backend: str, ratios: bool) -> dict[str, Any]:
     """All contestants of one case."""
     mask = full_steps(case)
     runners, failed = [], []
-    for timed, name, reason in contestants(case, mask, backend):
+    for timed, name, reason in contestants(case, mask, backend, ratios):
         if timed is None:
             failed.append({"name": name, "reason": reason})
         else:
             print(f"{case.name}: {timed.name}, first run {timed.first_s:.1f} s", flush=True)
             runners.append(timed)
-        if only_dcc and name == list(PLANS)[-1]:
-            break
     seconds = measure.side_by_side({timed.name: timed.run for timed in runners}, repeats)
     expected = runners[0].run()
     rows = []
@@ -141,7 +144,7 @@ def time_case(case: cases.Case, repeats: int, backend: str, only_dcc: bool) -> d
 def main(
     repeats: Annotated[int, typer.Option(help="timed runs of each contestant")] = 3,
     only: Annotated[str, typer.Option(help="cases whose name contains this")] = "",
-    only_dcc: Annotated[bool, typer.Option(help="without the other libraries")] = False,
+    ratios: Annotated[bool, typer.Option(help="dcc alone, at other ratios of full steps")] = False,
     threads: Annotated[int, typer.Option(help="of the processor; 0: as torch chooses")] = 0,
     backend: str = "inductor",
 ) -> None:
@@ -152,7 +155,7 @@ def main(
     for case in cases.GPU_CASES if torch.cuda.is_available() else cases.CASES:
         if only not in case.name:
             continue
-        data = time_case(case, repeats, backend, only_dcc)
+        data = time_case(case, repeats, backend, ratios)
         found.append(data)
         table = Table("contestant", "against torch.compile", "FLOPs-implied", "share", "regions", "first run")
         for row in data["rows"]:
@@ -168,7 +171,11 @@ def main(
             table.add_row(row["name"], row["reason"])
         Console().print(f"\n{data['case']}: {sum(data['full_steps'])} full steps of {len(data['full_steps'])}")
         Console().print(table)
-        print(measure.write("speed", {"backend": backend, "repeats": repeats, "cases": found}))
+        print(
+            measure.write(
+                "speed_ratios" if ratios else "speed", {"backend": backend, "repeats": repeats, "cases": found}
+            )
+        )
 
 
 if __name__ == "__main__":
