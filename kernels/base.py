@@ -16,6 +16,9 @@ try:
 except ImportError:  # no wheel for this platform: ops run their references
     triton = tl = None
 
+OPTIONS = {
+    "enable_fp_fusion": False
+}  # of every launch: products are rounded before they are added, as in the references
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dcc.kernels.base import check, in_order, jit, memory_format, runs_on, tl
+from dcc.kernels.base import OPTIONS, check, in_order, jit, memory_format, runs_on, tl
 
 MOST = 8
 BLOCK = 1024
@@ -152,6 +152,7 @@ def launch(
         CHANNELS=channels if by_the_channel else 1,
         INNER=inner if by_the_channel else 1,
         BLOCK=BLOCK,
+        **OPTIONS,
     )
     return out if memory_format(like) is torch.contiguous_format else out.movedim(-1, 1)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dcc.errors import KernelError
-from dcc.kernels.base import check, in_order, jit, power_of_2, runs_on, tl
+from dcc.kernels.base import OPTIONS, check, in_order, jit, power_of_2, runs_on, tl
 
 TINY = 1e-12
 NORMS = ("rel_l1", "l1", "mse", "rel_l2")
@@ -92,7 +92,15 @@ def launch(value: Tensor, other: Tensor | None, norm: str, batch: int) -> Tensor
     partial = torch.empty(batch, 2, pieces, dtype=torch.float32, device=value.device)
     out = torch.empty(batch, dtype=torch.float32, device=value.device)
     _sum_pieces[(pieces, batch)](
-        partial, values[0], None if other is None else values[1], size, rounds, pieces, SQUARED=squared, BLOCK=BLOCK
+        partial,
+        values[0],
+        None if other is None else values[1],
+        size,
+        rounds,
+        pieces,
+        SQUARED=squared,
+        BLOCK=BLOCK,
+        **OPTIONS,
     )
     _finish[(batch,)](
         out,
@@ -103,6 +111,7 @@ def launch(value: Tensor, other: Tensor | None, norm: str, batch: int) -> Tensor
         RELATIVE=norm.startswith("rel"),
         TINY=TINY,
         BLOCK=power_of_2(pieces, MOST_PIECES),
+        **OPTIONS,
     )
     return out
 

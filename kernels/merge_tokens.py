@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dcc.kernels import combine
-from dcc.kernels.base import check, jit, power_of_2, runs_on, tl
+from dcc.kernels.base import OPTIONS, check, jit, power_of_2, runs_on, tl
 from dcc.kernels.select_tokens import scatter
 
 MOST_BLOCK = 1024
@@ -83,6 +83,7 @@ def launch(
         width,
         table.stride(1) if per_sample else 0,
         BLOCK=block,
+        **OPTIONS,
     )
     return out
 

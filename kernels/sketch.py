@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dcc.kernels.base import jit, runs_on, tl
+from dcc.kernels.base import OPTIONS, jit, runs_on, tl
 
 SIZE = 4099
 COORDINATES = 1024
@@ -125,6 +125,7 @@ def launch(values: Tensor, like: Tensor) -> Tensor:
         PIECE=PIECE,
         TILE=TILE,
         BLOCK=BLOCK,
+        **OPTIONS,
     )
     return partial.sum(1).view(*flat.shape[:2], SIZE)
 

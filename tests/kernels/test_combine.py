@@ -107,7 +107,7 @@ def gate_of(shape, batch, dtype):
 
 @pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 4])
 def test_the_kernel_is_the_reference(device, agree, shape, dtype, count):
     anchors = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
     coefficients = torch.randn(3, shape[0], 4, device=device)  # room for more anchors than there are
