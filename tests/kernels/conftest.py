@@ -28,12 +28,17 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 
 @pytest.fixture
-def agree() -> Callable[[Tensor, Tensor], None]:
-    """agree(result, expected): alike in shape, dtype and layout, to the rounding of their dtype."""
+def agree() -> Callable[..., None]:
+    """agree(result, expected): alike in shape and dtype, and to the rounding of their dtype in value.
 
-    def check(result: Tensor, expected: Tensor) -> None:
-        eps = torch.finfo(expected.dtype).eps
-        torch.testing.assert_close(result, expected, rtol=1.5 * max(eps, 1e-6), atol=1e-5)
+    With `exact`, bit for bit, but in bfloat16: the interpreter cuts off its last bits, which a GPU rounds.
+    """
+
+    def check(result: Tensor, expected: Tensor, exact: bool = False) -> None:
+        eps = max(torch.finfo(expected.dtype).eps, 1e-6)
+        exact = exact and expected.dtype != torch.bfloat16
+        tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1.5 * eps, "atol": 1e-5}
+        torch.testing.assert_close(result, expected, **tolerance)
 
     return check
 
