@@ -40,6 +40,12 @@ def runs_on(value: Tensor) -> bool:
     return triton is not None and value.is_cuda
 
 
+def run_kernel(kernel: Any, grid: tuple[int, ...], out: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Launches a kernel whose first argument is `out`, on the device of that."""
+    with torch.cuda.device_of(out):  # does nothing for the CPU's
+        kernel[grid](out, *arguments, **constants, **OPTIONS)
+
+
 def power_of_2(number: int, most: int) -> int:
     """The least power of two that is no less than `number`, at most `most`."""
     return min(1 << max(number - 1, 0).bit_length(), most)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dcc.errors import KernelError
-from dcc.kernels import base
+from dcc.kernels import base, combine, distance, gather_tokens, merge_tokens, sketch
 
 AHEAD_OF_TIME = Path(__file__).parent / "ahead_of_time.py"
 
@@ -73,6 +73,25 @@ def test_without_triton_ops_run_their_references(tmp_path):
     assert result.stdout == (
         "dcc.kernels.combine: Triton is not installed; call the op, which then runs its reference\n"
     )
+
+
+def test_a_compiler_sees_each_op_as_one_call():
+    class Layer(torch.nn.Module):
+        def forward(self, x, table, index):
+            fresh = gather_tokens.op(x, index) * 2
+            merged = merge_tokens.op(table, 0, [x], True, index, fresh)
+            summed = combine.op(table, 1, [merged], True, None, None, x)
+            return summed, distance.op(summed, x, "l1", x.shape[0]), sketch.op(x[None], x)
+
+    arguments = (torch.randn(2, 7, 3), torch.randn(2, 2, 1), torch.tensor([[1, 4], [0, 6]]))
+    tokens = torch.export.Dim("tokens", min=2)
+    exported = torch.export.export(Layer(), arguments, dynamic_shapes=({1: tokens}, None, None))
+    calls = [str(node.target) for node in exported.graph.nodes if "dcc" in str(node.target)]
+    names = ["gather_tokens", "merge_tokens", "combine", "distance", "sketch"]
+    assert calls == [f"dcc.{name}.default" for name in names]
+    wider = (torch.randn(2, 12, 3), *arguments[1:])
+    for ours, expected in zip(exported.module()(*wider), Layer()(*wider), strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_ops_run_their_references_on_a_cpu():
