@@ -16,6 +16,9 @@ try:
 except ImportError:  # no wheel for this platform: ops run their references
     triton = tl = None
 
+OPTIONS = {
+    "enable_fp_fusion": False
+}  # of every launch: products are rounded before they are added, as in the references
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -35,6 +38,12 @@ class _Unavailable:
 def runs_on(value: Tensor) -> bool:
     """Whether an op runs its kernel on this tensor; it runs its reference otherwise."""
     return triton is not None and value.is_cuda
+
+
+def run_kernel(kernel: Any, grid: tuple[int, ...], out: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Launches a kernel whose first argument is `out`, on the device of that."""
+    with torch.cuda.device_of(out):  # does nothing for the CPU's
+        kernel[grid](out, *arguments, **constants, **OPTIONS)
 
 
 def power_of_2(number: int, most: int) -> int:

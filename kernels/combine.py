@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dcc.kernels.base import check, in_order, jit, memory_format, runs_on, tl
+from dcc.kernels.base import check, in_order, jit, memory_format, run_kernel, runs_on, tl
 
 MOST = 8
 BLOCK = 1024
@@ -137,7 +137,9 @@ def launch(
     inner = 1 if dim == len(shape) - 1 or out.shape != shape else out[0, 0].numel()
     table = coefficients.contiguous()
     by_the_channel = gate is not None or of_channel is not None
-    _kernel[(-(-size // BLOCK), samples)](
+    run_kernel(
+        _kernel,
+        (-(-size // BLOCK), samples),
         out,
         tuple(values[: len(anchors)]),
         table,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dcc.errors import KernelError
-from dcc.kernels.base import check, in_order, jit, power_of_2, runs_on, tl
+from dcc.kernels.base import check, in_order, jit, power_of_2, run_kernel, runs_on, tl
 
 TINY = 1e-12
 NORMS = ("rel_l1", "l1", "mse", "rel_l2")
@@ -91,10 +91,21 @@ def launch(value: Tensor, other: Tensor | None, norm: str, batch: int) -> Tensor
     squared = norm in ("mse", "rel_l2")
     partial = torch.empty(batch, 2, pieces, dtype=torch.float32, device=value.device)
     out = torch.empty(batch, dtype=torch.float32, device=value.device)
-    _sum_pieces[(pieces, batch)](
-        partial, values[0], None if other is None else values[1], size, rounds, pieces, SQUARED=squared, BLOCK=BLOCK
+    run_kernel(
+        _sum_pieces,
+        (pieces, batch),
+        partial,
+        values[0],
+        None if other is None else values[1],
+        size,
+        rounds,
+        pieces,
+        SQUARED=squared,
+        BLOCK=BLOCK,
     )
-    _finish[(batch,)](
+    run_kernel(
+        _finish,
+        (batch,),
         out,
         partial,
         size,

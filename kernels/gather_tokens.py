@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dcc.kernels.base import check, jit, power_of_2, runs_on, tl
+from dcc.kernels.base import check, jit, power_of_2, run_kernel, runs_on, tl
 from dcc.kernels.select_tokens import gather as reference
 
 MOST_BLOCK = 1024
@@ -33,8 +33,16 @@ def launch(value: Tensor, index: Tensor) -> Tensor:
     out = torch.empty(*index.shape, *value.shape[2:], dtype=value.dtype, device=value.device)
     width = value[0, 0].numel()
     block = power_of_2(width, MOST_BLOCK)
-    _kernel[(chosen, -(-width // block), samples)](
-        out, value, index, chosen, width, value.stride(0) if value.shape[0] > 1 else 0, BLOCK=block
+    run_kernel(
+        _kernel,
+        (chosen, -(-width // block), samples),
+        out,
+        value,
+        index,
+        chosen,
+        width,
+        value.stride(0) if value.shape[0] > 1 else 0,
+        BLOCK=block,
     )
     return out
 

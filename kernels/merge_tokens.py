@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dcc.kernels import combine
-from dcc.kernels.base import check, jit, power_of_2, runs_on, tl
+from dcc.kernels.base import check, jit, power_of_2, run_kernel, runs_on, tl
 from dcc.kernels.select_tokens import scatter
 
 MOST_BLOCK = 1024
@@ -71,7 +71,9 @@ def launch(
     out = torch.empty(shape, dtype=anchors[0].dtype, device=anchors[0].device)
     width = out[0, 0].numel()
     block = power_of_2(width, MOST_BLOCK)
-    _kernel[(tokens, -(-width // block), samples)](
+    run_kernel(
+        _kernel,
+        (tokens, -(-width // block), samples),
         out,
         tuple(anchor.contiguous() for anchor in anchors),
         table,

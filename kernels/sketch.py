@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dcc.kernels.base import jit, runs_on, tl
+from dcc.kernels.base import jit, run_kernel, runs_on, tl
 
 SIZE = 4099
 COORDINATES = 1024
@@ -114,7 +114,9 @@ def launch(values: Tensor, like: Tensor) -> Tensor:
     rows = flat.reshape(-1, size).contiguous()
     pieces = -(-size // (SIZE * PIECE))
     partial = torch.empty(rows.shape[0], pieces, SIZE, dtype=torch.float32, device=flat.device)
-    _kernel[(-(-SIZE // BLOCK), pieces, rows.shape[0])](
+    run_kernel(
+        _kernel,
+        (-(-SIZE // BLOCK), pieces, rows.shape[0]),
         partial,
         rows,
         small_signs(flat.device),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -29,12 +28,17 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 
 @pytest.fixture
-def agree() -> Callable[[Tensor, Tensor], None]:
-    """agree(result, expected): alike in shape, dtype and layout, to the rounding of their dtype."""
+def agree() -> Callable[..., None]:
+    """agree(result, expected): alike in shape and dtype, and to the rounding of their dtype in value.
 
-    def check(result: Tensor, expected: Tensor) -> None:
-        eps = torch.finfo(expected.dtype).eps
-        torch.testing.assert_close(result, expected, rtol=1.5 * max(eps, 1e-6), atol=1e-5)
+    With `exact`, bit for bit, but in bfloat16: the interpreter cuts off its last bits, which a GPU rounds.
+    """
+
+    def check(result: Tensor, expected: Tensor, exact: bool = False) -> None:
+        eps = max(torch.finfo(expected.dtype).eps, 1e-6)
+        exact = exact and expected.dtype != torch.bfloat16
+        tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1.5 * eps, "atol": 1e-5}
+        torch.testing.assert_close(result, expected, **tolerance)
 
     return check
 
@@ -51,30 +55,18 @@ def opcheck() -> Callable[..., None]:
 
 @pytest.fixture
 def bandwidth(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Callable[..., float]:
-    """bandwidth(run, moved): prints and returns the share of the bandwidth of a copy at which `moved` bytes passed."""
+    """bandwidth(run, moved): prints and returns the share of the bandwidth of a copy at which `moved` bytes passed.
+
+    Medians, with a cold cache.
+    """
+    testing = pytest.importorskip("triton.testing")
 
     def measure(run: Callable[[], object], moved: int) -> float:
-        source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(source)
-        copy = 2 * source.numel() / _seconds(lambda: target.copy_(source))
-        share = moved / _seconds(run) / copy
+        source, target = torch.empty(2, 2**28, dtype=torch.uint8, device="cuda")
+        copy = 2 * source.nbytes / testing.do_bench(lambda: target.copy_(source), return_mode="median")
+        share = moved / testing.do_bench(run, return_mode="median") / copy
         with capsys.disabled():
-            print(f"\n{request.node.name}: {share:.0%} of the copy bandwidth, {copy / 1e9:.0f} GB/s")
+            print(f"\n{request.node.name}: {share:.0%} of the bandwidth of a copy, {copy / 1e6:.0f} GB/s")
         return share
 
     return measure
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """Median of 20 runs on the GPU."""
-    for _ in range(5):
-        run()
-    seconds = []
-    for _ in range(20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(seconds)

@@ -107,7 +107,7 @@ def gate_of(shape, batch, dtype):
 
 @pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 4])
 def test_the_kernel_is_the_reference(device, agree, shape, dtype, count):
     anchors = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
     coefficients = torch.randn(3, shape[0], 4, device=device)  # room for more anchors than there are
@@ -115,7 +115,7 @@ def test_the_kernel_is_the_reference(device, agree, shape, dtype, count):
     for per_sample in (True, False):
         for extras in ((None, None), (gate, None), (None, residual), (gate[:1], residual)):
             result = combine.launch(coefficients, 1, anchors, per_sample, None, *extras)
-            agree(result, combine.reference(coefficients, 1, anchors, per_sample, *extras))
+            agree(result, combine.reference(coefficients, 1, anchors, per_sample, *extras), exact=True)
             assert result.is_contiguous() and result.dtype == dtype
 
 
@@ -128,7 +128,7 @@ def test_the_kernel_takes_a_row_a_channel(device, agree, shape, per_sample):
     gate = gate_of(shape, shape[0], torch.float32).to(device)
     for extras in ((None, None), (gate, anchors[2])):
         result = combine.launch(coefficients, 2, anchors, per_sample, of_channel, *extras)
-        agree(result, combine.by_channel(coefficients, 2, anchors, per_sample, of_channel, *extras))
+        agree(result, combine.by_channel(coefficients, 2, anchors, per_sample, of_channel, *extras), exact=True)
 
 
 def test_the_kernel_takes_any_strides(device, agree):
