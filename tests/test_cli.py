@@ -164,7 +164,7 @@ def test_plan_search_refuses_before_any_work(arguments: tuple[str, ...], problem
 
 
 def test_plan_show_says_what_is_wrong_with_a_file(tmp_path: Path, plan_file: Path):
-    missing = run("plan", "show", tmp_path / "none.json")
+    missing = run("plan", "show", tmp_path / "none.json", COLUMNS="300")
     assert missing.exit_code == 1 and "cannot be read" in missing.stderr
     plan_file.write_text("{}")
     other = run("plan", "show", plan_file, DCC_DEBUG="1")
