@@ -46,6 +46,15 @@ def speed(data: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"All compute {sum(steps)} full steps of {len(steps)}."])
 
 
+def ratios(data: dict[str, Any]) -> str:
+    """Realised against FLOPs-implied speed-up of dcc at several ratios."""
+    lines = ["| dcc, against `torch.compile` | FLOPs-implied | realised | share |", "|---|---|---|---|"]
+    for case in data["cases"]:
+        for row in (row for row in case["rows"] if row["name"].startswith("dcc")):
+            lines.append(f"| {case['case']} | {row['implied']:.2f}x | {row['ratio']:.2f}x | {row['share']:.2f} |")
+    return "\n".join(lines)
+
+
 def compile_time(data: dict[str, Any]) -> str:
     """Cold and warm compilation."""
     lines = [
@@ -225,6 +234,7 @@ def main() -> None:
     """Rewrites README.md."""
     text = README.read_text()
     times = json.loads((HERE / "results" / "compile_time.json").read_text())
+    text = replace(text, "ratios", ratios(json.loads((HERE / "results" / "speed_ratios.json").read_text())))
     text = replace(text, "compile_time", compile_time(times))
     text = replace(text, "speed", speed(json.loads((HERE / "results" / "speed.json").read_text())))
     held = HERE / "results" / "hoisting.json"

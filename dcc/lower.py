@@ -2,7 +2,8 @@
 
 Sizes are fixed, repeated blocks outlined, and the graph goes straight to Inductor.
 Each lowered variant is compared once with its eager graph, on the first real inputs it gets; where they disagree the
-graph is lowered without outlining, then not at all, and the reason is kept (DESIGN contract 6).
+graph is lowered without outlining, then not at all, and the reason is kept (DESIGN contract 6). Modes that ask for
+CUDA graphs get dcc's own (cuda_graphs.py), compared once more: Inductor's would copy the weights, which are inputs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from dcc import cuda_graphs
 from dcc.errors import LoweringError
 from dcc.passes.base import Correction, state_of
 from dcc.passes.forms import Constant
@@ -25,7 +27,8 @@ from dcc.passes.outline_blocks import outline_blocks
 from dcc.passes.specialize import specialize
 
 BACKENDS = ("inductor", "eager")
-MODES = ("default", "max-autotune-no-cudagraphs")  # of torch.compile's
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # those of torch.compile
+GRAPHED = ("reduce-overhead", "max-autotune")  # those with CUDA graphs
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
@@ -55,7 +58,7 @@ class Program:
     backend: str
     call: Callable[..., Sequence[Tensor]]
     seconds: float = 0.0
-    problem: str | None = None
+    problem: str | None = None  # what it does otherwise than asked, and why
     bodies: int = 0  # compiled once and called for several blocks
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
@@ -64,10 +67,12 @@ class Program:
 
 
 def check_backend(backend: str, mode: str = "default") -> None:
-    """Raises LoweringError, listing what there is, for an unknown backend or mode."""
+    """Raises LoweringError, listing what there is, for an unknown backend or mode, or a mode that has no effect."""
     for kind, value, known in (("backend", backend, BACKENDS), ("mode", mode, MODES)):
         if value not in known:
             raise LoweringError(f"unknown {kind} {value!r}; there are: {', '.join(known)}")
+    if backend == "eager" and mode != "default":
+        raise LoweringError(f"mode {mode!r} is Inductor's, the eager backend has none; leave one of them out")
 
 
 def lower(variant: Variant, values: Sequence[Tensor], backend: str, mode: str = "default") -> Program:
@@ -85,13 +90,17 @@ def lower(variant: Variant, values: Sequence[Tensor], backend: str, mode: str = 
             call, bodies = lowered
             problem = _compare(call, values, expected)
         except Exception as error:  # Inductor raises many kinds; the reason is kept and shown by summary()
-            first_line = next(iter(str(error).strip().splitlines()), "")
-            problem = f"Inductor: {type(error).__name__}: {first_line[:200]}"
+            problem = f"Inductor: {_named(error)}"
         if problem is None:
-            seconds = time.perf_counter() - start
-            return Program(variant, "inductor", call, seconds, "; ".join(problems) or None, bodies)
+            said = [f"is lowered whole: {'; '.join(problems)}"] if problems else []
+            if mode in GRAPHED:
+                call, problem = _graphed(call, values, expected)
+                said += [f"runs without a CUDA graph: {problem}"] if problem else []
+            return Program(variant, "inductor", call, time.perf_counter() - start, "; ".join(said) or None, bodies)
         problems.append(f"with outlined blocks: {problem}" if outline else problem)
-    return Program(variant, "eager", variant.graph_module, time.perf_counter() - start, "; ".join(problems))
+    return Program(
+        variant, "eager", variant.graph_module, time.perf_counter() - start, f"runs eagerly: {'; '.join(problems)}"
+    )
 
 
 def _inductor(
@@ -115,8 +124,29 @@ def _inductor(
             return None
         for node in graph_module.graph.nodes:
             node.meta.pop("val", None)  # Inductor makes its own
-        options = torch._inductor.list_mode_options(mode)
+        options = torch._inductor.list_mode_options(mode) | {"triton.cudagraphs": False}
         return torch._inductor.compile(graph_module, fakes, options), bodies
+
+
+def _graphed(
+    call: Callable[..., Sequence[Tensor]], values: Sequence[Tensor], expected: Sequence[Tensor]
+) -> tuple[Callable[..., Sequence[Tensor]], str | None]:
+    """The call as a CUDA graph, or as it is and why."""
+    problem = cuda_graphs.refusal(values)
+    if problem is not None:
+        return call, problem
+    try:
+        graphed = cuda_graphs.Graphed(call, cuda_graphs.pool_of(values[0].device))
+        problem = _compare(graphed, values, expected)
+    except Exception as error:  # what cannot be recorded raises many kinds; the reason is shown by summary()
+        problem = _named(error)
+    return (call, problem) if problem else (graphed, None)
+
+
+def _named(error: Exception) -> str:
+    """Kind and first line of an error."""
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first_line[:200]}"
 
 
 def _compare(call: Callable[..., Sequence[Tensor]], values: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
