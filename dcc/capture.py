@@ -1,16 +1,22 @@
 """Captures a denoiser once, as a functional ATen graph whose weights are inputs. The only file that uses torch.export.
 
 A `Call` is one set of arguments in canonical form; a `Captured` is the graph that serves every call of the same
-signature whose shapes fit (DESIGN contract 1).
+signature whose shapes fit (DESIGN contract 1). Graphs are kept on disk, because an export takes about two milliseconds
+an operator; what a later process reads there has to give the module's outputs bit for bit, or is made anew.
 """
 
 from __future__ import annotations
 
+import getpass
+import hashlib
 import inspect
 import operator
+import os
+import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,9 +28,12 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from dcc.errors import CaptureError
+from dcc.fingerprint import code_hash
+from dcc.graph_file import read_graph, write_graph
 from dcc.passes.graph import output_node, shape, sizes, symbols
 from dcc.passes.verify import is_mutation, verify
 
+STORED = 64  # graphs kept on disk; the oldest give way
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -103,6 +112,7 @@ class Weight:
 
     owner: dict[str, Tensor | None]
     key: str
+    path: str  # in the module
 
     def get(self) -> Tensor:
         value = self.owner[self.key]
@@ -115,7 +125,8 @@ class Weight:
 class Captured:
     """A denoiser as one graph. Graph inputs: weights, then the call's tensors; outputs: a flat tuple.
 
-    `problem` is why the module could not be exported; the graph is then one call of the eager module.
+    `problem` is why the module could not be exported; the graph is then one call of the eager module. `origin` says
+    where it comes from.
     """
 
     graph_module: GraphModule
@@ -125,6 +136,7 @@ class Captured:
     inputs: dict[str, str]  # call path -> placeholder name
     out_spec: pytree.TreeSpec
     problem: str | None = None
+    origin: str = "exported"
     varying: frozenset[str] = frozenset()  # paths of the tensors that change from step to step
     fixed: frozenset[str] = frozenset()  # paths of the tensors that are the very same ones at every step
     guided: bool = False  # the batch is [unconditional; conditional] of the same samples (Recording.guided)
@@ -211,13 +223,77 @@ def capture(module: nn.Module, call: Call) -> Captured:
     for known in _CAPTURES.get(module, []):
         if known.accepts(call) and known.agrees(module, call, exactly=True):
             return known
-    captured = _first_that_exports(module, call)
+    path = _place(module, call)
+    captured, why_not = _read(path, module, call)
+    if captured is None:
+        captured = _first_that_exports(module, call)
+        captured.origin += f", because the graph on disk {why_not}" if why_not else ""
+        _write(path, captured)
     if captured.problem is None:
         _CAPTURES.setdefault(module, []).append(captured)
     return captured
 
 
 _CAPTURES: WeakKeyDictionary[nn.Module, list[Captured]] = WeakKeyDictionary()
+
+
+def _place(module: nn.Module, call: Call) -> Path | None:
+    """The file of the graph for this code and call in DCC_CACHE_DIR, by default beside what Inductor keeps.
+
+    None where that variable is empty.
+    """
+    folder = os.environ.get("DCC_CACHE_DIR")
+    if folder == "":
+        return None
+    own = [torch.__version__, Path(__file__).read_text(), code_hash(module), call.signature, call.spec]
+    own += [tuple(tensor.shape) for tensor in call.tensors]
+    name = hashlib.sha256("\n".join(map(str, own)).encode()).hexdigest()[:32]
+    beside = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
+    return Path(folder or f"{beside}/dcc") / f"{name}.graph"
+
+
+def _read(path: Path | None, module: nn.Module, call: Call) -> tuple[Captured | None, str]:
+    """The stored graph; None where there is none, and where it is of no use why."""
+    if path is None or not path.exists():
+        return None, ""
+    try:
+        graph_module, facts, constants = read_graph(path)
+        verify(graph_module, "reading a stored graph")
+        inputs, nodes = facts["inputs"], {node.name: node for node in graph_module.graph.nodes}
+        captured = Captured(
+            graph_module,
+            call,
+            {name: _live(module, target) for name, target in facts["weights"].items()},
+            constants,
+            inputs,
+            pytree.treespec_loads(facts["outputs"]),
+            origin="read from disk",
+            _symbols={name: [_size(size) for size in shape(nodes[inputs[name]])] for name in inputs},
+        )
+    except Exception as error:  # cut short, foreign, or of another version of torch's own internals
+        return None, f"cannot be read: {type(error).__name__}: {_first_line(error)}"
+    if not captured.accepts(call) or not captured.agrees(module, call, exactly=True):
+        return None, "gives other values than the module"
+    return captured, ""
+
+
+def _write(path: Path | None, captured: Captured) -> None:
+    """Keeps the graph for later processes; where it cannot be kept, `origin` says why."""
+    if path is None or captured.problem is not None:
+        return
+    try:
+        facts = {
+            "inputs": captured.inputs,
+            "weights": {name: weight.path for name, weight in captured.weights.items()},
+            "outputs": pytree.treespec_dumps(captured.out_spec),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_graph(path, captured.graph_module.graph, facts, captured.constants)
+        stored = sorted(path.parent.glob("*.graph"), key=lambda file: file.stat().st_mtime)
+        for file in stored[:-STORED]:
+            file.unlink(missing_ok=True)
+    except (CaptureError, OSError, NotImplementedError) as error:  # the last: outputs of a class that has no name
+        captured.origin = f"exported, not kept on disk: {_first_line(error)}"
 
 
 def _first_that_exports(module: nn.Module, call: Call) -> Captured:
@@ -288,7 +364,7 @@ def _size(size: Any) -> int | str:
 def _live(module: nn.Module, target: str) -> Weight:
     path, _, key = target.rpartition(".")
     owner = module.get_submodule(path)
-    return Weight(owner._parameters if key in owner._parameters else owner._buffers, key)
+    return Weight(owner._parameters if key in owner._parameters else owner._buffers, key, target)
 
 
 def _opaque(module: nn.Module, call: Call, problem: str) -> Captured:

@@ -1,8 +1,10 @@
-"""Identity of a denoiser: of its structure, and of its weights."""
+"""Identity of a denoiser: of its structure, of its weights, and of its code."""
 
 from __future__ import annotations
 
 import hashlib
+import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -36,4 +38,18 @@ def weights_hash(module: nn.Module) -> str:
     digest = hashlib.sha256("\n".join(lines).encode())
     if values:
         digest.update(torch.cat([value.double().cpu() for value in values]).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def code_hash(module: nn.Module) -> str:
+    """First 16 hexadecimal digits of SHA-256 over the module tree as it prints, all dtypes, and the classes' sources.
+
+    The same where `forward` runs the same code with the same settings, as far as those print; other weights make no
+    difference. Classes without a source file (of an interactive session) count by name.
+    """
+    digest = hashlib.sha256(repr(module).encode())
+    digest.update("\n".join(f"{n} {t.dtype} {tuple(t.shape)}" for n, t in module.state_dict().items()).encode())
+    for name in sorted({type(part).__module__ for part in module.modules()}):
+        source = getattr(sys.modules.get(name), "__file__", None)
+        digest.update(name.encode() + (Path(source).read_bytes() if source else b""))
     return digest.hexdigest()[:16]

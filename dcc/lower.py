@@ -80,14 +80,15 @@ def lower(variant: Variant, values: Sequence[Tensor], backend: str, mode: str = 
     check_backend(backend, mode)
     if backend == "eager":
         return Program(variant, "eager", variant.graph_module)
-    start, problems = time.perf_counter(), []
+    start, problems, prepared = time.perf_counter(), [], None
     expected = variant.graph_module(*values)
     for outline in (True, False):
         try:
-            lowered = _inductor(variant, values, mode, outline)
-            if lowered is None:
+            graph_module, fakes, bodies = prepared or _prepared(variant, values, outline)
+            if outline and not bodies:  # nothing to outline: whole at the next turn
+                prepared = graph_module, fakes, 0
                 continue
-            call, bodies = lowered
+            call = _inductor(graph_module, fakes, mode)
             problem = _compare(call, values, expected)
         except Exception as error:  # Inductor raises many kinds; the reason is kept and shown by summary()
             problem = f"Inductor: {_named(error)}"
@@ -103,29 +104,28 @@ def lower(variant: Variant, values: Sequence[Tensor], backend: str, mode: str = 
     )
 
 
-def _inductor(
-    variant: Variant, values: Sequence[Tensor], mode: str, outline: bool
-) -> tuple[Callable[..., Sequence[Tensor]], int] | None:
-    """The call and how many bodies it shares; None where there is nothing to outline.
+def _prepared(variant: Variant, values: Sequence[Tensor], outline: bool) -> tuple[GraphModule, list[Tensor], int]:
+    """The graph for inputs like these, those inputs as fake tensors, and how many bodies its blocks share."""
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor keeps nothing on disk without one
+    fakes = [fake_mode.from_tensor(value.detach(), static_shapes=True) for value in values]
+    with torch.no_grad(), fake_mode:
+        graph_module = specialize(variant.graph_module, fakes)
+    return graph_module, fakes, outline_blocks(graph_module)[0] if outline else 0
 
-    Without Dynamo: the graph is captured already, so there is nothing to guard or to break. Inductor keeps what it
-    makes on disk, by graph, versions, settings and device, so a second process finds it there.
+
+def _inductor(graph_module: GraphModule, fakes: Sequence[Tensor], mode: str) -> Callable[..., Sequence[Tensor]]:
+    """Compiles without Dynamo: the graph is captured already, so there is nothing to guard or to break.
+
+    Inductor keeps what it makes on disk, by graph, versions, settings and device; a second process finds it there.
     """
     import torch._inductor  # two seconds that a user of the eager backend need not wait
 
+    for node in graph_module.graph.nodes:
+        node.meta.pop("val", None)  # Inductor makes its own
+    options = torch._inductor.list_mode_options(mode) | {"triton.cudagraphs": False}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations; under -W error they would stop the lowering
-        fake_mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor keeps nothing on disk without one
-        fakes = [fake_mode.from_tensor(value.detach(), static_shapes=True) for value in values]
-        with fake_mode:
-            graph_module = specialize(variant.graph_module, fakes)
-        bodies = outline_blocks(graph_module)[0] if outline else 0
-        if outline and not bodies:
-            return None
-        for node in graph_module.graph.nodes:
-            node.meta.pop("val", None)  # Inductor makes its own
-        options = torch._inductor.list_mode_options(mode) | {"triton.cudagraphs": False}
-        return torch._inductor.compile(graph_module, fakes, options), bodies
+        return torch._inductor.compile(graph_module, list(fakes), options)
 
 
 def _graphed(

@@ -18,7 +18,7 @@ from dcc.passes.blocks import Block
 from dcc.passes.costs import Cost, costs
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import nodes_by_name, output_node
-from dcc.passes.levels import level_cut, levels, skip_cuts, skip_pairs
+from dcc.passes.levels import level_cut, levels, skip_pairs
 from dcc.passes.residual_stream import PRODUCTS, attention_output, base_of, branches, op_name
 from dcc.text import human_bytes, render
 
@@ -263,12 +263,10 @@ class _Finder:
                 self.add_site(self.residual(path, [b for b in order if b.stack == path]), residual_only=True)
 
     def cuts(self) -> None:
-        skips = [
-            n for n in skip_cuts(self.graph_module, self.flow) if self.saved([Port(n)]) >= MIN_CUT * self.sites.flops
-        ]
+        pairs = skip_pairs(self.graph_module, self.flow)
+        skips = [newer for newer, _ in pairs if self.saved([Port(newer)]) >= MIN_CUT * self.sites.flops]
         for index, name in enumerate(skips):
             self.add(f"cut:{index}", "cut", [Port(name)])
-        pairs = skip_pairs(self.graph_module, self.flow)
         if len(pairs) > 1:  # the last pair is the innermost: its newer side is what the middle gives
             taken = [older for _, older in pairs] + [pairs[-1][0]]
             self.add("encoder", "cut", [Port(name) for name in dict.fromkeys(taken)])

@@ -23,6 +23,7 @@ class Summary:
     variants: int
     programs: int
     captures: int
+    captured: str  # where the graphs come from
     compile_seconds: float
     computed: int
     forecast: int
@@ -66,6 +67,7 @@ class Summary:
             variants=len(net.plan.rows),
             programs=len(programs),
             captures=len(net.families),
+            captured="; ".join(dict.fromkeys(f.captured.origin for f in net.families)),
             compile_seconds=sum(p.seconds for p in programs) + net.capture_seconds,
             computed=counts.computed,
             forecast=counts.forecast,
@@ -90,7 +92,7 @@ class Summary:
             "calls": f"{calls}: {self.computed} computed, {self.forecast} forecast, "
             f"{self.missed} missed, in {self.sessions} sessions",
             "compiled": f"{self.variants} variants, {self.programs} programs ({self.backend}), "
-            f"{self.captures} captures, {self.compile_seconds:.1f} s",
+            f"{self.captures} captures ({self.captured}), {self.compile_seconds:.1f} s",
             "cache": f"{human_bytes(self.cache_bytes)} at most so far",
         }
         if self.hoisted_bytes:

@@ -37,11 +37,6 @@ def level_cut(level: int, all_levels: list[set[str]], flow: Dataflow, costs: Map
     return flow.cheapest_cut(deep, behind, costs) if behind else []
 
 
-def skip_cuts(graph_module: GraphModule, flow: Dataflow) -> list[str]:
-    """Names of the newer operands of all skip connections, outermost (last executed) first."""
-    return [newer for newer, _ in skip_pairs(graph_module, flow)]
-
-
 def skip_pairs(graph_module: GraphModule, flow: Dataflow) -> list[tuple[str, str]]:
     """Names of the newer and the older operand of all skip connections, outermost (last executed) first."""
     pairs = []

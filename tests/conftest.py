@@ -23,6 +23,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads it when it is imported
 
+os.environ["DCC_CACHE_DIR"] = ""  # every test captures its own graphs; those of the files on disk say otherwise
+
 from dcc.capture import Call, Captured, bind, capture  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,6 +53,7 @@ def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     for name in [name for name in os.environ if name.startswith("DCC_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("DCC_CACHE_DIR", "")
 
 
 @pytest.fixture

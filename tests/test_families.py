@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import dcc
+from dcc.capture import _CAPTURES, capture
+from dcc.sites import find_sites
 
 from .denoisers import CASES, Case
 
@@ -50,7 +53,8 @@ def _equal(pair: tuple[Any, Any]) -> bool:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in FAMILIES], ids=str)
-def test_all_compute_is_the_original_bit_for_bit(case: Case) -> None:
+def test_all_compute_is_the_original_bit_for_bit(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DCC_CACHE_DIR", str(tmp_path))
     if case.warns:
         warnings.filterwarnings("ignore", message=case.warns)
     net, outputs = case.build(), []
@@ -65,6 +69,14 @@ def test_all_compute_is_the_original_bit_for_bit(case: Case) -> None:
     summary = compiled.summary()
     assert summary.captures == 1 and summary.computed == len(TIMESTEPS)
     assert [p for p in summary.problems if "saved" not in p] == []
-    names = [site.name for site in dcc.sites(compiled)]
+    sites = dcc.sites(compiled)
+    names = [site.name for site in sites]
     assert "output" in names
+    captured = compiled.families[0].captured
+    assert captured.origin == "exported" and sites.call.signature == captured.call.signature
+    del _CAPTURES[net]  # as another process would find it
+    stored = capture(net, captured.call)
+    assert stored.origin == "read from disk" and stored is not captured
+    stored.learn(captured.varying, captured.fixed, captured.guided)
+    assert list(find_sites(stored, sites.call)) == list(sites)
     assert any(name.startswith(case.blocks) for name in names) or case.name in BLOCKLESS

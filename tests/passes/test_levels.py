@@ -10,7 +10,7 @@ from dcc.passes.base import Port
 from dcc.passes.costs import costs
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import nodes_by_name
-from dcc.passes.levels import level_cut, levels, skip_cuts
+from dcc.passes.levels import level_cut, levels, skip_pairs
 from dcc.sites import find_sites
 
 
@@ -99,7 +99,7 @@ def test_a_network_of_one_size_has_one_level():
 
 def test_skip_cuts_are_the_newer_operands_outermost_first(facts):
     graph_module, found, _, flow = facts
-    names = skip_cuts(graph_module, flow)
+    names = [newer for newer, _ in skip_pairs(graph_module, flow)]
     assert [found[name].shape for name in names] == [(2, 8, 16, 16), (2, 8, 8, 8)]
     nodes = nodes_by_name(graph_module)
     assert all("upsample" in str(nodes[name].target) for name in names)
@@ -107,7 +107,7 @@ def test_skip_cuts_are_the_newer_operands_outermost_first(facts):
 
 def test_a_concatenation_of_strangers_is_no_skip(build):
     graph_module = build(lambda x, y: (torch.ops.aten.cat.default([x, y], 1),), x=torch.ones(2, 3), y=torch.ones(2, 3))
-    assert skip_cuts(graph_module, Dataflow(graph_module)) == []
+    assert skip_pairs(graph_module, Dataflow(graph_module)) == []
 
 
 def test_cuts_are_sites(unet):
