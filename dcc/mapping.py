@@ -1,7 +1,8 @@
 """A plan on other noise levels than it was made for: another step count, a shifted schedule, another resolution.
 
 A position is a fractional step of the plan, interpolated between its levels. An anchor is computed at the call nearest
-to its level; what the plan adds to linear extrapolation is interpolated and added to that of this run's own anchors.
+to its level. What the plan adds to linear extrapolation is written in divided differences of its anchors, which mean
+the same wherever anchors stand, and added to the linear extrapolation of this run's own.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ def coefficients(plan: Plan, selector: int, now: float, anchors: Sequence[float]
     """Weights of the anchors that stand at `anchors` (newest first) for a forecast at `now`.
 
     Linear extrapolation from where the anchors of this run really stand, plus what the plan's own weights add to the
-    linear extrapolation of its anchors at this noise level. Measured against moving all weights so that polynomials
-    are kept, and against polynomials alone, on a plan for 28 steps at 20 and 40: this was the best at both. A form of
+    linear extrapolation of its anchors at this noise level, as multiples of their divided differences (of which a
+    Newton polynomial is made too). Measured against adding those weights as they are, which costs up to 4.6 dB where
+    anchors move, against scaling the multiples to the length of the gap, and against polynomials alone. A form of
     several parts has the weights of each, one behind another.
     """
     parts = range(plan.parts(selector))
@@ -72,24 +74,38 @@ def _coefficients(plan: Plan, selector: int, part: int, now: float, anchors: Seq
     computed = [step for step, row in enumerate(plan.schedule) if row[selector] == 1]
     begin = max((step for step in computed if step <= anchors[0] + 0.5), default=computed[0])
     gap = range(begin + 1, min((s for s in computed if s > begin), default=plan.steps))
-    weights = np.zeros(plan.anchors)
-    near = min(2, len(anchors), plan.anchors)
-    weights[:near] = newton(now, list(anchors[:near]))
+    count = min(len(anchors), plan.anchors)
+    weights = _linear(now, anchors[:count])
     if gap:  # else neighbouring anchors in the plan: this run steps more finely
         low, high = (min(max(step, gap[0]), gap[-1]) for step in (math.floor(now), math.ceil(now)))
         share = min(max(now - low, 0.0), 1.0) if high > low else 0.0
         added = (1 - share) * _added(plan, selector, part, low) + share * _added(plan, selector, part, high)
-        if len(anchors) < plan.anchors:
-            added[len(anchors) :] = 0.0
-        weights += added
-    return weights[: min(len(anchors), plan.anchors)].tolist()
+        used = min(count, len(added))
+        weights[:used] += added[:used] @ _divided_differences(anchors[:used])
+    return weights.tolist()
 
 
 def _added(plan: Plan, selector: int, part: int, step: int) -> np.ndarray:
-    """The plan's weights at a forecast step less those of linear extrapolation, padded to the plan's anchors."""
-    own = np.zeros(plan.anchors)
+    """What the plan's weights at a forecast step add to linear extrapolation: factors of divided differences."""
+    own = plan.anchor_steps(step, selector)
+    added = -_linear(step, own)
     values = plan.weights(step, selector)[part]
-    own[: len(values)] = values
-    near = plan.anchor_steps(step, selector)[: min(2, plan.anchors)]
-    own[: len(near)] -= newton(step, near)
-    return own
+    added[: len(values)] += values
+    return np.linalg.solve(_divided_differences(own).T, added)
+
+
+def _linear(now: float, anchors: Sequence[float]) -> np.ndarray:
+    """Weights of the anchors, newest first, whose line through the newest two is taken at `now`."""
+    weights = np.zeros(len(anchors))
+    weights[:2] = newton(now, list(anchors[:2]))
+    return weights
+
+
+def _divided_differences(anchors: Sequence[float]) -> np.ndarray:
+    """Row k holds the weights of the k-th divided difference of the anchors, newest first."""
+    points = np.array(anchors, dtype=np.float64)
+    rows = np.zeros((len(points), len(points)))
+    for k in range(len(points)):
+        for j in range(k + 1):
+            rows[k, j] = 1.0 / np.prod(points[j] - np.delete(points[: k + 1], j))
+    return rows

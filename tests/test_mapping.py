@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -79,6 +81,26 @@ def test_lines_are_forecast_exactly_wherever_the_anchors_stand(step: int, shifts
     weights = mapping.coefficients(chosen, 0, step, anchors)
     forecast = sum(w * (a - step) ** degree for w, a in zip(weights, anchors, strict=True))
     assert forecast == pytest.approx(0.0**degree, abs=1e-6)
+
+
+@given(st.lists(st.floats(-0.4, 0.4), min_size=3, max_size=3))
+def test_what_a_fit_adds_means_the_same_wherever_the_anchors_stand(shifts: list[float]) -> None:
+    added = [0.01, -0.4, 12.0]  # of the value, the first and the second divided difference, at every step of the gap
+    gap, own, moved = (8, 9), (7, 3, 1), [a + s for a, s in zip((7.0, 3.0, 1.0), shifts, strict=True)]
+
+    def expected(now: float, anchors: list[float], values: np.ndarray) -> float:
+        first = np.diff(values) / np.diff(anchors)
+        second = (first[1] - first[0]) / (anchors[2] - anchors[0])
+        line = values[0] + first[0] * (now - anchors[0])
+        return line + added[0] * values[0] + added[1] * first[0] + added[2] * second
+
+    units = np.eye(3)
+    coefficients = {s: [expected(s, list(own), unit) for unit in units] for s in gap}
+    chosen = replace(
+        plan(), coefficients=tuple((tuple(coefficients.get(s, row[0])),) for s, row in enumerate(plan().coefficients))
+    )
+    wanted = [expected(8.4, moved, unit) for unit in units]
+    assert mapping.coefficients(chosen, 0, 8.4, moved) == pytest.approx(wanted, rel=1e-6, abs=1e-6)
 
 
 def test_fewer_anchors_than_the_plan_reads_still_forecast() -> None:
