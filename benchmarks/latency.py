@@ -124,6 +124,8 @@ def main(
                     row["reason"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
                 facts.append(row)
                 print(name, row["name"], "compiled" if row["compiled"] else "eager", row.get("first_s"), flush=True)
+            for timed in runs.values():
+                timed.seconds()  # what is compiled again now that others are there
             seconds: dict[int, list[float]] = {index: [] for index in runs}
             for _ in range(repeats):
                 for index, timed in runs.items():

@@ -30,7 +30,8 @@ def costs(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[str, Cost]:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         fakes = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in inputs]
         meter = _Meter(graph_module)
-        meter.run(*fakes)
+        with meter.counter:
+            meter.run(*fakes)
     return meter.costs
 
 
@@ -46,14 +47,12 @@ class _Meter(Interpreter):
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module, garbage_collect_values=True)
         self.costs: dict[str, Cost] = {}
+        self.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
     def run_node(self, n: Node) -> Any:
-        if n.op in ("placeholder", "output"):
-            flops, value = 0, super().run_node(n)
-        else:
-            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-                value = super().run_node(n)
-            flops = counter.get_total_flops()
+        before = self.counter.get_total_flops()
+        value = super().run_node(n)
+        flops = self.counter.get_total_flops() - before
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
         self.costs[n.name] = Cost(flops, size, shape)
