@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,65 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def side_by_side(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every run, `repeats` times each, interleaved so that a noisy minute hits all of them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()  # warm-up
+class Contestant:
+    """A run in a process of its own, because Dynamo's guards of one contestant slow down the others of a process.
+
+    `make(*arguments)`, a function of a module, gives facts and the run there, and is called at once; the run returns
+    its seconds. Where either raises, `facts` holds a `reason` instead.
+    """
+
+    def __init__(self, make: Callable[..., tuple[dict[str, Any], Callable[[], float]]], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.link, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(make, arguments, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.facts: dict[str, Any] = self._answer()
+
+    @property
+    def runs(self) -> bool:
+        """Whether it can be timed."""
+        return "reason" not in self.facts
+
+    def seconds(self) -> float:
+        """One run."""
+        self.link.send(True)
+        return self._answer()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.link.close()
+        self.process.join()
+
+    def _answer(self) -> Any:
+        try:
+            return self.link.recv()
+        except EOFError:
+            return {"reason": f"the process ended ({self.process.exitcode})"}
+
+
+def _serve(make: Callable[..., Any], arguments: tuple[Any, ...], link: Connection) -> None:
+    """The other side of a Contestant."""
+    try:
+        facts, run = make(*arguments)
+    except Exception as error:  # whatever a library raises on what it does not know
+        link.send({"reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"})
+        return
+    link.send(facts)
+    try:
+        while link.recv():
+            link.send(run())
+    except EOFError:
+        return
+
+
+def taking_turns(contestants: Sequence[Contestant], repeats: int) -> list[list[float]]:
+    """Seconds of every contestant, interleaved so that a noisy minute hits all alike; none of those that do not run."""
+    seconds: list[list[float]] = [[] for _ in contestants]
     for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+        for contestant, own in zip(contestants, seconds, strict=True):
+            if contestant.runs:
+                own.append(contestant.seconds())
     return seconds
 
 

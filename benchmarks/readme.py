@@ -55,6 +55,23 @@ def ratios(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def latency(results: list[dict[str, Any]]) -> str:
+    """Measured latency and quality at every budget: the searched plan and the best library."""
+    lines = [
+        "| pipeline | FLOPs | searched plan: latency | PSNR | best library there | FLOPs | latency | PSNR |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for data in results:
+        for budget in sorted({row["budget"] for row in data["rows"]}):
+            rows = [row for row in data["rows"] if row["budget"] == budget and "ratio" in row]
+            plan = next(row for row in rows if row["family"] == "dcc solver")
+            peer = max((r for r in rows if r["family"] not in ("uncached", "dcc solver")), key=lambda row: row["ratio"])
+            name = f"{peer['family']}: {peer['name'].split(' @ ')[0]}{', compiled' if peer['compiled'] else ''}"
+            cells = [f"1/{r['speedup']:.1f} | {r['ratio']:.2f}x | {r['psnr']:.1f} dB" for r in (plan, peer)]
+            lines.append(f"| `{data['pipeline']}` | {cells[0]} | {name} | {cells[1]} |")
+    return "\n".join(lines)
+
+
 def compile_time(data: dict[str, Any]) -> str:
     """Cold and warm compilation."""
     lines = [
@@ -235,6 +252,8 @@ def main() -> None:
     text = README.read_text()
     times = json.loads((HERE / "results" / "compile_time.json").read_text())
     text = replace(text, "ratios", ratios(json.loads((HERE / "results" / "speed_ratios.json").read_text())))
+    timed = [json.loads((HERE / "results" / f"latency_{name}.json").read_text()) for name in DENOISERS]
+    text = replace(text, "latency", latency(timed))
     text = replace(text, "compile_time", compile_time(times))
     text = replace(text, "speed", speed(json.loads((HERE / "results" / "speed.json").read_text())))
     held = HERE / "results" / "hoisting.json"

@@ -1,25 +1,26 @@
 """Wall clock at the same full steps, side by side in one run: eager, torch.compile, other libraries' caches, dcc.
 
-    python benchmarks/speed.py [--repeats 3] [--only mmdit]
+    python benchmarks/speed.py [--repeats 5] [--only mmdit]
     python benchmarks/speed.py --ratios     # dcc alone, at 2x, 4x and 5x; writes speed_ratios.json
 
 Needs benchmarks/requirements-peers.txt. Every contestant has the same weights, inputs and full steps: those of
-diffusers' TaylorSeer at an interval of 4. Ratios are medians of the ratios within one repeat. Writes
-benchmarks/results/speed.json; on a machine with CUDA the cases are those of real checkpoints' sizes.
+diffusers' TaylorSeer at an interval of 4. Each has a process of its own and takes turns with torch.compile of the
+uncached denoiser; ratios are medians of the ratios within one turn. Writes benchmarks/results/speed.json; on a machine
+with CUDA the cases are those of real checkpoints' sizes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import cases
 import measure
 import torch
 import typer
+from measure import Contestant
 from rich.console import Console
 from rich.table import Table
 from speed_peers import PEERS, full_steps
@@ -28,24 +29,73 @@ from torch._dynamo.utils import counters
 
 import dcc
 
+BASE, COMPILED = "torch.compile", ", compiled"
 PLANS: dict[str, dict[str, Any]] = {"dcc": {}, "dcc, raw output": {"site": "output"}}
 RATIOS = {f"dcc, every {n}": {"every": n} for n in (2, 4, 6)}
+CASES = cases.GPU_CASES if torch.cuda.is_available() else cases.CASES
 
 
-class Timed:
-    """One contestant: `run()` samples once; what compiling and the first run took is kept."""
+def names(ratios: bool) -> list[str]:
+    """Of all contestants but the base."""
+    libraries = [f"{peer.name}{compiled}" for peer in PEERS for compiled in ("", COMPILED)]
+    return ["eager", *RATIOS] if ratios else ["eager", *PLANS, *libraries]
 
-    def __init__(self, name: str, ideal: float, run: Callable[[], Tensor]) -> None:
-        self.name, self.ideal, self.run = name, ideal, run
-        torch._dynamo.reset()
-        counters.clear()
-        start = time.perf_counter()
-        run()
-        self.first_s = time.perf_counter() - start
-        self.regions, self.breaks = regions(), sum(counters["graph_break"].values())
-        run()
-        self.recompiled = regions() - self.regions
-        self.facts: dict[str, Any] = {}
+
+def make(case_name: str, name: str, backend: str) -> tuple[dict[str, Any], Callable[[], float]]:
+    """A contestant in its process: what its first two runs showed, and a timed run."""
+    case = next(case for case in CASES if case.name == case_name)
+    mask, sample, net = full_steps(case), cases.loop(case), case.network()
+    facts: dict[str, Any] = {"implied": 1.0}
+    start = time.perf_counter()
+    if name in ("eager", BASE):
+        called = torch.compile(net) if name == BASE else net
+        run = lambda: sample(called, 0)  # noqa: E731
+    elif name.startswith("dcc"):
+        compiled = with_dcc(case, net, mask, backend, **(RATIOS | PLANS)[name])
+        facts["implied"] = compiled.plan.speedup
+        run = lambda: sample(compiled, 0)  # noqa: E731
+    else:
+        peer = next(peer for peer in PEERS if peer.name == name.removesuffix(COMPILED))
+        facts["implied"] = len(mask) / sum(mask)
+        installed = peer.install(net, case, mask, name.endswith(COMPILED))
+        run = lambda: installed(sample)  # noqa: E731
+    facts["output"] = run().float().cpu().numpy()
+    facts["first_s"] = time.perf_counter() - start
+    facts["regions"], facts["graph_breaks"] = regions(), sum(counters["graph_break"].values())
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    run()
+    facts["recompiled_at_second_run"] = regions() - facts["regions"]
+    if torch.cuda.is_available():
+        facts["peak_bytes"] = torch.cuda.max_memory_allocated()
+    if name.startswith("dcc"):
+        summary = compiled.summary()
+        facts |= {"regions": summary.programs, "cache_bytes": summary.cache_bytes, "syncs": summary.syncs}
+        facts["problems"] = list(summary.problems)
+    return facts, lambda: seconds_of(run)
+
+
+def with_dcc(case: cases.Case, net: Any, mask: list[int], backend: str, site: str = "", every: int = 0) -> Any:
+    """A first-order forecast at the mask's steps, or after every so many."""
+    return dcc.compile(
+        net,
+        [0],
+        sample=cases.loop(case),
+        policy="taylorseer",
+        order=1,
+        steps_mask=[int(step % every == 0) for step in range(case.steps)] if every else mask,
+        backend=backend,
+        site=site or case.site,
+    )
+
+
+def seconds_of(run: Callable[[], Tensor]) -> float:
+    """Of one run; on an accelerator until it is done."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def regions() -> int:
@@ -53,106 +103,47 @@ def regions() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def contestants(
-    case: cases.Case, mask: list[int], backend: str, ratios: bool
-) -> Iterator[tuple[Timed | None, str, str]]:
-    """(contestant, name, "") or (None, name, why it does not run)."""
-    sample, ideal = cases.loop(case), len(mask) / sum(mask)
-    for compiled in (False, True):
-        net = case.network()
-        net = torch.compile(net) if compiled else net
-        yield Timed("torch.compile" if compiled else "eager", 1.0, lambda net=net: sample(net, 0)), "", ""
-    for name, parameters in (RATIOS if ratios else PLANS).items():
-        every = parameters.get("every")
-        start = time.perf_counter()
-        net = dcc.compile(
-            case.network(),
-            [0],
-            sample=sample,
-            policy="taylorseer",
-            order=1,
-            steps_mask=[int(step % every == 0) for step in range(case.steps)] if every else mask,
-            backend=backend,
-            site=parameters.get("site", case.site),
-        )
-        seconds = time.perf_counter() - start
-        timed = Timed(name, net.plan.speedup, lambda net=net: sample(net, 0))
-        timed.first_s += seconds
-        summary = net.summary()
-        timed.regions = summary.programs
-        timed.facts = {"cache_bytes": summary.cache_bytes, "problems": list(summary.problems), "syncs": summary.syncs}
-        yield timed, name, ""
-    for peer in () if ratios else PEERS:
-        for compiled in (False, True):
-            name = f"{peer.name}{', compiled' if compiled else ''}"
-            net = case.network()
-            try:
-                run = peer.install(net, case, mask, compiled)
-                yield Timed(name, ideal, lambda run=run: run(sample)), name, ""
-            except Exception as error:  # whatever a library raises on a denoiser that it does not know
-                yield None, name, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
-
-
-@contextlib.contextmanager
-def peak_memory(found: dict[str, int]) -> Iterator[None]:
-    """Peak bytes of the accelerator's memory, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    yield
-    if torch.cuda.is_available():
-        found["peak_bytes"] = torch.cuda.max_memory_allocated()
-
-
 def time_case(case: cases.Case, repeats: int, backend: str, ratios: bool) -> dict[str, Any]:
     """All contestants of one case."""
-    mask = full_steps(case)
-    runners, failed = [], []
-    for timed, name, reason in contestants(case, mask, backend, ratios):
-        if timed is None:
-            failed.append({"name": name, "reason": reason})
+    base, base_seconds = Contestant(make, case.name, BASE, backend), []
+    expected = torch.from_numpy(base.facts["output"])
+    rows, failed = [], []
+    for name in names(ratios):
+        contestant = Contestant(make, case.name, name, backend)
+        if contestant.runs:
+            against, seconds = measure.taking_turns([base, contestant], repeats)
+            base_seconds += against
+            rows.append(row_of(name, contestant.facts, against, seconds, expected))
+            print(f"{case.name}: {name}, {rows[-1]['ratio']:.2f}x", flush=True)
         else:
-            print(f"{case.name}: {timed.name}, first run {timed.first_s:.1f} s", flush=True)
-            runners.append(timed)
-    seconds = measure.side_by_side({timed.name: timed.run for timed in runners}, repeats)
-    expected = runners[0].run()
-    rows = []
-    for timed in runners:
-        memory: dict[str, int] = {}
-        with peak_memory(memory):
-            actual = timed.run()
-        ratio = measure.median_ratio(seconds["torch.compile"], seconds[timed.name])
-        rows.append(
-            {
-                "name": timed.name,
-                "seconds": seconds[timed.name],
-                "ratio": ratio,
-                "implied": timed.ideal,
-                "share": ratio / timed.ideal,
-                "first_s": timed.first_s,
-                "regions": timed.regions,
-                "graph_breaks": timed.breaks,
-                "recompiled_at_second_run": timed.recompiled,
-                "difference_to_uncached": float((actual - expected).norm() / expected.norm()),
-                **timed.facts,
-                **memory,
-            }
-        )
-    forward_ms = 1e3 * statistics.median(seconds["torch.compile"]) / case.steps
-    return {"case": case.name, "full_steps": mask, "forward_ms": forward_ms, "rows": rows, "failed": failed}
+            failed.append({"name": name, "reason": contestant.facts["reason"]})
+            print(f"{case.name}: {name}: {failed[-1]['reason']}", flush=True)
+        contestant.close()
+    base.close()
+    rows.insert(1, row_of(BASE, base.facts, base_seconds, base_seconds, expected))
+    forward_ms = 1e3 * statistics.median(base_seconds) / case.steps
+    found = {"case": case.name, "full_steps": full_steps(case), "forward_ms": forward_ms}
+    return found | {"rows": rows, "failed": failed}
+
+
+def row_of(
+    name: str, facts: dict[str, Any], against: list[float], seconds: list[float], expected: Tensor
+) -> dict[str, Any]:
+    """A contestant's row of the result file."""
+    actual, ratio = torch.from_numpy(facts.pop("output")), measure.median_ratio(against, seconds)
+    timed = {"name": name, "seconds": seconds, "ratio": ratio, "share": ratio / facts["implied"]}
+    return timed | facts | {"difference_to_uncached": float((actual - expected).norm() / expected.norm())}
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="timed runs of each contestant")] = 3,
+    repeats: Annotated[int, typer.Option(help="turns of each contestant")] = 5,
     only: Annotated[str, typer.Option(help="cases whose name contains this")] = "",
     ratios: Annotated[bool, typer.Option(help="dcc alone, at other ratios of full steps")] = False,
-    threads: Annotated[int, typer.Option(help="of the processor; 0: as torch chooses")] = 0,
     backend: str = "inductor",
 ) -> None:
     """Times every case and writes the result file."""
-    if threads:
-        torch.set_num_threads(threads)
     found = []
-    for case in cases.GPU_CASES if torch.cuda.is_available() else cases.CASES:
+    for case in CASES:
         if only not in case.name:
             continue
         data = time_case(case, repeats, backend, ratios)

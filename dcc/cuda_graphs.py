@@ -52,11 +52,14 @@ def pool_of(device: torch.device) -> Pool:
 
 
 class Graphed:
-    """A lowered call that replays a CUDA graph; recorded at its first call and again where a weight has moved."""
+    """A lowered call that replays a CUDA graph; recorded at its first call and again where a weight has moved.
+
+    `problem` says why it no longer does.
+    """
 
     def __init__(self, call: Callable[..., Sequence[Tensor]], pool: Pool) -> None:
         self.call, self.pool = call, pool
-        self.recordings = 0
+        self.recordings, self.problem = 0, None
         self.addresses: tuple[int, ...] | None = None
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
@@ -66,6 +69,7 @@ class Graphed:
         with self.pool.lock:
             addresses = tuple(value.data_ptr() for value in values if isinstance(value, nn.Parameter))
             if addresses != self.addresses and self.recordings >= MAX_RECORDINGS:
+                self.problem = f"runs without a CUDA graph: its weights have moved {MAX_RECORDINGS} times"
                 return list(self.call(*values))
             self.pool.enter()
             if addresses != self.addresses:

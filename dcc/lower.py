@@ -58,8 +58,13 @@ class Program:
     backend: str
     call: Callable[..., Sequence[Tensor]]
     seconds: float = 0.0
-    problem: str | None = None  # what it does otherwise than asked, and why
+    problem: str | None = None  # of the lowering
     bodies: int = 0  # compiled once and called for several blocks
+
+    @property
+    def problems(self) -> list[str]:
+        """What it does otherwise than asked, when it was lowered and since."""
+        return [said for said in (self.problem, getattr(self.call, "problem", None)) if said]
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Runs on `values` in the order of `variant.inputs`."""

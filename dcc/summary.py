@@ -45,7 +45,7 @@ class Summary:
         problems = [
             f"not exported, cached at its output only: {f.captured.problem}" for f in net.families if f.captured.problem
         ]
-        problems += [f"variant {p.variant.name} {p.problem}" for p in programs if p.problem]
+        problems += [f"variant {p.variant.name} {said}" for p in programs for said in p.problems]
         if counts.missed:
             problems.append(f"{counts.missed} planned forecasts were computed, because their anchors were not there")
         if counts.guarded:

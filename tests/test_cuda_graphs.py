@@ -10,7 +10,7 @@ import dcc
 from dcc import cuda_graphs
 from dcc.cuda_graphs import MAX_RECORDINGS, Graphed
 from dcc.errors import LoweringError
-from dcc.lower import GRAPHED, check_backend
+from dcc.lower import GRAPHED, Program, check_backend
 
 
 class Tape:
@@ -111,6 +111,7 @@ def test_weights_that_keep_moving_are_served_without_a_graph():
         held.append(weight)
         assert torch.equal(graphed(weight, x)[0], weight @ x)
     assert tape.recorded == MAX_RECORDINGS
+    assert Program(None, "inductor", graphed).problems == [graphed.problem] and "moved 4 times" in graphed.problem
 
 
 def test_threads_take_turns():
