@@ -136,21 +136,18 @@ def child(which: str, blocks: int, folder: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measured(blocks: int, which: str, repeats: int) -> dict[str, Any]:
-    """Cold and warm runs."""
-    cold, warm = [], []
+def measured(repeats: int) -> list[dict[str, Any]]:
+    """Cold and warm runs of torch.compile and of dcc at every depth, in turns."""
+    kinds = [("torch", 24), *(("dcc", blocks) for blocks in DEPTHS)]
+    rows = [{"which": which, "blocks": blocks, "cold": [], "warm": []} for which, blocks in kinds]
     for _ in range(repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            cold.append(child(which, blocks, folder))
-            warm.append(child(which, blocks, folder))
-    return {
-        "which": which,
-        "blocks": blocks,
-        "cold_s": statistics.median(run["seconds"] for run in cold),
-        "warm_s": statistics.median(run["seconds"] for run in warm),
-        "cold": cold,
-        "warm": warm,
-    }
+        for row in rows:
+            with tempfile.TemporaryDirectory() as folder:
+                for kind in ("cold", "warm"):
+                    row[kind].append(child(row["which"], row["blocks"], folder))
+    for row in rows:
+        row |= {f"{kind}_s": statistics.median(run["seconds"] for run in row[kind]) for kind in ("cold", "warm")}
+    return rows
 
 
 def main(
@@ -162,7 +159,7 @@ def main(
         which, blocks = child_.split(":")
         print(json.dumps({"dcc": with_dcc, "torch": with_torch, "cache": cache}[which](int(blocks))))
         return
-    rows = [measured(24, "torch", repeats), *(measured(blocks, "dcc", repeats) for blocks in DEPTHS)]
+    rows = measured(repeats)
     base = rows[0]["cold_s"]
     table = Table("what", "blocks", "cold", "of torch.compile", "warm", "of cold torch.compile")
     for row in rows:

@@ -29,9 +29,9 @@ def speed(data: dict[str, Any]) -> str:
     machine = data["machine"]
     names = list(dict.fromkeys(row["name"] for case in data["cases"] for row in [*case["rows"], *case["failed"]]))
     lines = [
-        f"Against `torch.compile` of the uncached denoiser, side by side in one run, median of {data['repeats']} "
-        f"repeats (torch {machine['torch']}, {machine['cores']} CPU cores, random weights); in brackets the share of "
-        "what the full steps alone imply, for dcc of what the plan's FLOPs imply:",
+        "Each contestant in a process of its own, in turns with `torch.compile` of the uncached denoiser, median of "
+        f"{data['repeats']} turns (torch {machine['torch']}, {machine['cores']} CPU cores, random weights); in brackets "
+        "the share of what the full steps alone imply, for dcc of what the plan's FLOPs imply:",
         "",
         "| contestant | " + " | ".join(f"{c['case']}, {c['forward_ms']:.0f} ms a call" for c in data["cases"]) + " |",
         "|---|" + "---|" * len(data["cases"]),
@@ -66,7 +66,8 @@ def latency(results: list[dict[str, Any]]) -> str:
             rows = [row for row in data["rows"] if row["budget"] == budget and "ratio" in row]
             plan = next(row for row in rows if row["family"] == "dcc solver")
             peer = max((r for r in rows if r["family"] not in ("uncached", "dcc solver")), key=lambda row: row["ratio"])
-            name = f"{peer['family']}: {peer['name'].split(' @ ')[0]}{', compiled' if peer['compiled'] else ''}"
+            name = f"{peer['family'].split()[0]}, {peer['name'].split(' @ ')[0]}{', compiled' * peer['compiled']}"
+            name = name.removeprefix("DeepCache, ")
             cells = [f"1/{r['speedup']:.1f} | {r['ratio']:.2f}x | {r['psnr']:.1f} dB" for r in (plan, peer)]
             lines.append(f"| `{data['pipeline']}` | {cells[0]} | {name} | {cells[1]} |")
     return "\n".join(lines)
