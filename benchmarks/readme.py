@@ -30,8 +30,8 @@ def speed(data: dict[str, Any]) -> str:
     names = list(dict.fromkeys(row["name"] for case in data["cases"] for row in [*case["rows"], *case["failed"]]))
     lines = [
         "Each contestant in a process of its own, in turns with `torch.compile` of the uncached denoiser, median of "
-        f"{data['repeats']} turns (torch {machine['torch']}, {machine['cores']} CPU cores, random weights); in brackets "
-        "the share of what the full steps alone imply, for dcc of what the plan's FLOPs imply:",
+        f"{data['repeats']} turns (torch {machine['torch']}, {machine['cores']} CPU cores, random weights); in "
+        "brackets the share of what the full steps alone imply, for dcc of what the plan's FLOPs imply:",
         "",
         "| contestant | " + " | ".join(f"{c['case']}, {c['forward_ms']:.0f} ms a call" for c in data["cases"]) + " |",
         "|---|" + "---|" * len(data["cases"]),
