@@ -82,7 +82,8 @@ def compile(
         data_range: of the final samples, for PSNR; 1 for a pipeline's pixels, else the range of the uncached samples.
         seed: of the search and of the first prompt's noise.
         backend: "inductor" or "eager".
-        mode: what Inductor is asked for, as in torch.compile: "default", "max-autotune" ...
+        mode: as in torch.compile: "default", "reduce-overhead" (CUDA graphs, cuda_graphs.py), "max-autotune" (those,
+            and kernels chosen by timing) or "max-autotune-no-cudagraphs".
         progress: called with one line before each stage.
         parameters: parameters of the policy (interval, order, site, steps_mask, ...) and arguments of the pipeline's
             call (num_inference_steps, height, width, guidance_scale, ...) as they will be served.
