@@ -18,7 +18,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -144,6 +143,8 @@ class _Reader:
     """Nodes from JSON values; values of equal facts share one fake tensor."""
 
     def __init__(self, header: dict[str, Any]) -> None:
+        from torch._dynamo.source import ConstantSource  # a second that whoever reads no graph need not wait
+
         self.header, self.nodes = header, []
         environment = ShapeEnv()
         self.fake_mode = FakeTensorMode(shape_env=environment)
