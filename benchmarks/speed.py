@@ -11,6 +11,7 @@ with CUDA the cases are those of real checkpoints' sizes.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -137,17 +138,18 @@ def row_of(
 
 def main(
     repeats: Annotated[int, typer.Option(help="turns of each contestant")] = 5,
-    only: Annotated[str, typer.Option(help="cases whose name contains this")] = "",
+    only: Annotated[str, typer.Option(help="cases whose name contains this; the file keeps its others")] = "",
     ratios: Annotated[bool, typer.Option(help="dcc alone, at other ratios of full steps")] = False,
     backend: str = "inductor",
 ) -> None:
     """Times every case and writes the result file."""
-    found = []
+    name = "speed_ratios" if ratios else "speed"
+    path = measure.RESULTS / f"{name}.json"
+    found = {data["case"]: data for data in json.loads(path.read_text())["cases"]} if only and path.exists() else {}
     for case in CASES:
         if only not in case.name:
             continue
-        data = time_case(case, repeats, backend, ratios)
-        found.append(data)
+        data = found[case.name] = time_case(case, repeats, backend, ratios) | {"repeats": repeats}
         table = Table("contestant", "against torch.compile", "FLOPs-implied", "share", "regions", "first run")
         for row in data["rows"]:
             table.add_row(
@@ -162,11 +164,7 @@ def main(
             table.add_row(row["name"], row["reason"])
         Console().print(f"\n{data['case']}: {sum(data['full_steps'])} full steps of {len(data['full_steps'])}")
         Console().print(table)
-        print(
-            measure.write(
-                "speed_ratios" if ratios else "speed", {"backend": backend, "repeats": repeats, "cases": found}
-            )
-        )
+        print(measure.write(name, {"backend": backend, "repeats": repeats, "cases": list(found.values())}))
 
 
 if __name__ == "__main__":
