@@ -26,11 +26,12 @@ DENOISERS = {
 
 def speed(data: dict[str, Any]) -> str:
     """Wall clock beside other libraries' caches at the same full steps."""
-    machine, turns = data["machine"], sorted({case.get("repeats", data["repeats"]) for case in data["cases"]})
+    machine, turns = data["machine"], sorted({len(case["rows"][0]["seconds"]) for case in data["cases"]})
+    median = f"median of {' to '.join(map(str, turns))} turns"
     names = list(dict.fromkeys(row["name"] for case in data["cases"] for row in [*case["rows"], *case["failed"]]))
     lines = [
-        "Each contestant in a process of its own, in turns with `torch.compile` of the uncached denoiser, median of "
-        f"{' to '.join(map(str, turns))} turns (torch {machine['torch']}, {machine['cores']} CPU cores, random weights); "
+        "Each contestant in a process of its own, in turns with `torch.compile` of the uncached denoiser, "
+        f"{median} (torch {machine['torch']}, {machine['cores']} CPU cores, random weights); "
         "in brackets the share of what the full steps alone imply, for dcc of what the plan's FLOPs imply:",
         "",
         "| contestant | " + " | ".join(f"{c['case']}, {c['forward_ms']:.0f} ms a call" for c in data["cases"]) + " |",

@@ -149,7 +149,7 @@ def main(
     for case in CASES:
         if only not in case.name:
             continue
-        data = found[case.name] = time_case(case, repeats, backend, ratios) | {"repeats": repeats}
+        data = found[case.name] = time_case(case, repeats, backend, ratios)
         table = Table("contestant", "against torch.compile", "FLOPs-implied", "share", "regions", "first run")
         for row in data["rows"]:
             table.add_row(
@@ -164,7 +164,7 @@ def main(
             table.add_row(row["name"], row["reason"])
         Console().print(f"\n{data['case']}: {sum(data['full_steps'])} full steps of {len(data['full_steps'])}")
         Console().print(table)
-        print(measure.write(name, {"backend": backend, "repeats": repeats, "cases": list(found.values())}))
+        print(measure.write(name, {"backend": backend, "cases": list(found.values())}))
 
 
 if __name__ == "__main__":
