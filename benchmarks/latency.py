@@ -37,10 +37,11 @@ SEED = 1000
 
 
 class Timed:
-    """One contestant on a pipeline of its own; `seconds()` samples once."""
+    """One contestant on a pipeline of its own; `seconds()` samples once. What `stack` holds is installed until then."""
 
-    def __init__(self, subject: Subject, pipe: Any, changes: dict[str, Any]) -> None:
-        self.pipe, self.call = pipe, subject.call | changes | {"output_type": "latent"}
+    def __init__(self, subject: Subject, pipe: Any, changes: dict[str, Any], stack: contextlib.ExitStack) -> None:
+        self.pipe, self.stack = pipe, stack
+        self.call = subject.call | changes | {"output_type": "latent"}
         self.prompt, self.started = dcc.demo.prompts("test")[0], 0.0
         inner = pipe.scheduler.set_timesteps
 
@@ -58,27 +59,25 @@ class Timed:
         return time.perf_counter() - self.started
 
 
-def prepared(stack: contextlib.ExitStack, subject: Subject, row: dict[str, Any], compiled: bool) -> Timed:
+def prepared(subject: Subject, row: dict[str, Any], compiled: bool) -> Timed:
     """The uncached pipeline, a searched plan, or a library's cache with the parameters that quality.py tuned."""
-    pipe, changes = subject.fresh(), None
+    pipe, changes, stack = subject.fresh(), None, contextlib.ExitStack()
     pipe.set_progress_bar_config(disable=True)
     if row["family"] == "dcc solver":
         plan = dcc.Plan.load(FOLDER / row["parameters"]["plan"])
         dcc.compile(pipe, dcc.demo.prompts("calib")[:2], plan=plan, **subject.call)
-        return Timed(subject, pipe, {})
-    if row["family"] != "uncached":
+    elif row["family"] != "uncached":
         found = next(contestant for contestant in peers(subject) if contestant.name == row["name"])
         changes = stack.enter_context(found.install(subject, pipe, **row["parameters"]))
-    if compiled:
+    if compiled and row["family"] != "dcc solver":
         subject.target(pipe).module.compile()
-    return Timed(subject, pipe, changes or {})
+    return Timed(subject, pipe, changes or {}, stack)
 
 
 def make(name: str, row: dict[str, Any], compiled: bool) -> tuple[dict[str, Any], Callable[[], float]]:
     """A contestant in its process: what its first image showed, and the seconds of another one."""
-    stack = contextlib.ExitStack()  # open as long as the process
     warnings.simplefilter("ignore")
-    timed = prepared(stack, Subject(name), row, compiled)
+    timed = prepared(Subject(name), row, compiled)
     start = time.perf_counter()
     timed.seconds()
     facts = {"first_s": time.perf_counter() - start, "graph_breaks": sum(counters["graph_break"].values())}

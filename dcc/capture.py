@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from dcc.errors import CaptureError
 from dcc.fingerprint import code_hash
 from dcc.graph_file import read_graph, write_graph
-from dcc.passes.graph import output_node, shape, sizes, symbols
+from dcc.passes.graph import nodes_by_name, output_node, shape, sizes, symbols
 from dcc.passes.verify import is_mutation, verify
 
 STORED = 64  # graphs kept on disk; the oldest give way
@@ -259,7 +259,7 @@ def _read(path: Path | None, module: nn.Module, call: Call) -> tuple[Captured | 
     try:
         graph_module, facts, constants = read_graph(path)
         verify(graph_module, "reading a stored graph")
-        inputs, nodes = facts["inputs"], {node.name: node for node in graph_module.graph.nodes}
+        inputs, nodes = facts["inputs"], nodes_by_name(graph_module)
         captured = Captured(
             graph_module,
             call,

@@ -87,9 +87,7 @@ class Graphed:
 
 def refusal(values: Sequence[Tensor]) -> str | None:
     """Why a call on these inputs cannot be a CUDA graph; None where it can."""
-    devices = {value.device for value in values}
-    if {device.type for device in devices} != {"cuda"}:
-        return f"inputs are on {', '.join(sorted(map(str, devices)))}; a CUDA graph takes tensors on a GPU only"
-    if len(devices) > 1:
-        return f"inputs are on {', '.join(sorted(map(str, devices)))}; a CUDA graph is for one GPU"
-    return None
+    devices = {str(value.device) for value in values}
+    if len(devices) == 1 and values[0].is_cuda:
+        return None
+    return f"inputs are on {', '.join(sorted(devices))}; a CUDA graph takes tensors on one GPU only"

@@ -47,8 +47,8 @@ def code_hash(module: nn.Module) -> str:
     The same where `forward` runs the same code with the same settings, as far as those print; other weights make no
     difference. Classes without a source file (of an interactive session) count by name.
     """
-    digest = hashlib.sha256(repr(module).encode())
-    digest.update("\n".join(f"{n} {t.dtype} {tuple(t.shape)}" for n, t in module.state_dict().items()).encode())
+    dtypes = " ".join(str(tensor.dtype) for tensor in (*module.parameters(), *module.buffers()))
+    digest = hashlib.sha256(f"{module!r} {fingerprint(module)} {dtypes}".encode())
     for name in sorted({type(part).__module__ for part in module.modules()}):
         source = getattr(sys.modules.get(name), "__file__", None)
         digest.update(name.encode() + (Path(source).read_bytes() if source else b""))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dcc.capture import bind
-from dcc.predictors import newton
+from dcc.predictors import newton_through
 from dcc.proxy import DenoiserProxy
 from dcc.record import Recording
 from dcc.trace import Layout, Trace, first_tensor
@@ -137,10 +137,7 @@ class Fit:
             self.coefficients[s] = (priors[s] + delta).tolist()
 
     def _prior(self, step: int, anchors: Sequence[int]) -> Tensor:
-        used = list(anchors)[: self.options.order + 1]
-        values = torch.zeros(len(anchors), dtype=torch.float64)
-        values[: len(used)] = torch.from_numpy(newton(step, used))
-        return values
+        return torch.from_numpy(newton_through(step, anchors, self.options.order + 1))
 
     @staticmethod
     def _combined(weights: Tensor, value: Tensor) -> Tensor:

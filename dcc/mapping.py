@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from dcc.plan import Plan
-from dcc.predictors import newton
+from dcc.predictors import newton_through
 
+LINE = 2  # anchors of the linear extrapolation
 REACH = 1.0  # steps beyond either end of the plan's levels that are still served
 
 
@@ -75,7 +76,7 @@ def _coefficients(plan: Plan, selector: int, part: int, now: float, anchors: Seq
     begin = max((step for step in computed if step <= anchors[0] + 0.5), default=computed[0])
     gap = range(begin + 1, min((s for s in computed if s > begin), default=plan.steps))
     count = min(len(anchors), plan.anchors)
-    weights = _linear(now, anchors[:count])
+    weights = newton_through(now, anchors[:count], LINE)
     if gap:  # else neighbouring anchors in the plan: this run steps more finely
         low, high = (min(max(step, gap[0]), gap[-1]) for step in (math.floor(now), math.ceil(now)))
         share = min(max(now - low, 0.0), 1.0) if high > low else 0.0
@@ -88,17 +89,10 @@ def _coefficients(plan: Plan, selector: int, part: int, now: float, anchors: Seq
 def _added(plan: Plan, selector: int, part: int, step: int) -> np.ndarray:
     """What the plan's weights at a forecast step add to linear extrapolation: factors of divided differences."""
     own = plan.anchor_steps(step, selector)
-    added = -_linear(step, own)
+    added = -newton_through(step, own, LINE)
     values = plan.weights(step, selector)[part]
     added[: len(values)] += values
     return np.linalg.solve(_divided_differences(own).T, added)
-
-
-def _linear(now: float, anchors: Sequence[float]) -> np.ndarray:
-    """Weights of the anchors, newest first, whose line through the newest two is taken at `now`."""
-    weights = np.zeros(len(anchors))
-    weights[:2] = newton(now, list(anchors[:2]))
-    return weights
 
 
 def _divided_differences(anchors: Sequence[float]) -> np.ndarray:

@@ -152,6 +152,13 @@ def newton(step: float, anchors: Sequence[float]) -> np.ndarray:
     return weights
 
 
+def newton_through(step: float, anchors: Sequence[float], count: int) -> np.ndarray:
+    """`newton` through the newest `count` anchors; the older ones weigh nothing."""
+    weights = np.zeros(len(anchors))
+    weights[:count] = newton(step, anchors[:count])
+    return weights
+
+
 def adams_bashforth(step: float, anchors: Sequence[float]) -> np.ndarray:
     """AB-Cache (arXiv 2504.10540): the newest output is a linear combination of those before it.
 

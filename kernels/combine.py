@@ -7,6 +7,7 @@ residual, so that a forecast branch enters its stream in one pass over memory. I
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,13 +190,5 @@ def op(
 
 
 @op.register_fake
-def _(
-    coefficients: Tensor,
-    row: int,
-    anchors: list[Tensor],
-    per_sample: bool,
-    of_channel: Tensor | None = None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+def _(coefficients: Tensor, row: int, anchors: list[Tensor], *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(anchors[0], memory_format=memory_format(anchors[0]))

@@ -22,30 +22,20 @@ from dcc.kernels import combine, distance, gather_tokens, merge_tokens, sketch
 from dcc.kernels.base import OPTIONS
 
 ARCHITECTURES = (80, 90)
-TABLE = {"coefficients": "*fp32", "first": "i32"}
-COMBINE = TABLE | {
+FORECAST = {
     "out": "*bf16",
     "anchors": ("*bf16",) * 3,
-    "size": "i32",
-    "row_stride": "i32",
+    "coefficients": "*fp32",
+    "first": "i32",
     "sample_stride": "i32",
-    "gate_stride": "i32",
 }
+COMBINE = FORECAST | {"size": "i32", "row_stride": "i32", "gate_stride": "i32"}
 PLAIN = {"of_channel": None, "gate": None, "residual": None, "CHANNELS": 1, "INNER": 1, "BLOCK": combine.BLOCK}
 GATED = {"gate": "*bf16", "residual": "*bf16", "CHANNELS": 3072, "INNER": 1, "BLOCK": combine.BLOCK}
 PIECES = {"partial": "*fp32", "value": "*bf16", "other": "*bf16", "size": "i32", "rounds": "i32", "pieces": "i32"}
 FINISH = {"out": "*fp32", "partial": "*fp32", "size": "i32", "pieces": "i32", "TINY": distance.TINY, "BLOCK": 1024}
 GATHER = {"out": "*bf16", "value": "*bf16", "index": "*i64", "chosen": "i32", "width": "i32", "value_stride": "i32"}
-MERGE = TABLE | {
-    "out": "*bf16",
-    "anchors": ("*bf16",) * 3,
-    "rank_of": "*i32",
-    "fresh": "*bf16",
-    "tokens": "i32",
-    "chosen": "i32",
-    "width": "i32",
-    "sample_stride": "i32",
-}
+MERGE = FORECAST | {"rank_of": "*i32", "fresh": "*bf16", "tokens": "i32", "chosen": "i32", "width": "i32"}
 SKETCH = {"partial": "*fp32", "flat": "*bf16", "signs": "*i8", "size": "i32", "pieces": "i32"} | {
     name: getattr(sketch, name) for name in ("SIZE", "ROWS", "PIECE", "TILE", "BLOCK")
 }
