@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from dcc.text import error_line
+
 RESULTS = Path(__file__).parent / "results"
 SETTLE = 0.5  # seconds after a run, in which another process's idle threads still spin
 
@@ -63,7 +65,7 @@ def _serve(make: Callable[..., Any], arguments: tuple[Any, ...], link: Connectio
     try:
         facts, run = make(*arguments)
     except Exception as error:  # whatever a library raises on what it does not know
-        link.send({"reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"})
+        link.send({"reason": error_line(error)})
         return
     link.send(facts)
     try:

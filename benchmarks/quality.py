@@ -42,6 +42,7 @@ import dcc
 from dcc.passes.costs import CPU_ATTENTION
 from dcc.pipeline import Samples
 from dcc.quality import psnr, ssim
+from dcc.text import error_line
 
 SEED = 1000  # of the first test prompt
 CALIBRATION_SEED = 0
@@ -112,7 +113,7 @@ class Measurement:
         except DoesNotRun as reason:
             facts["reason"] = str(reason)
         except Exception as error:  # a peer may fail in any way; the row says how
-            facts["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            facts["reason"] = error_line(error)
         facts["seconds"] = round(time.perf_counter() - start, 1)
         self._check_clean(contestant)
         return facts

@@ -32,6 +32,7 @@ from dcc.fingerprint import code_hash
 from dcc.graph_file import read_graph, write_graph
 from dcc.passes.graph import nodes_by_name, output_node, shape, sizes, symbols
 from dcc.passes.verify import is_mutation, verify
+from dcc.text import error_line
 
 STORED = 64  # graphs kept on disk; the oldest give way
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -271,7 +272,7 @@ def _read(path: Path | None, module: nn.Module, call: Call) -> tuple[Captured | 
             _symbols={name: [_size(size) for size in shape(nodes[inputs[name]])] for name in inputs},
         )
     except Exception as error:  # cut short, foreign, or of another version of torch's own internals
-        return None, f"cannot be read: {type(error).__name__}: {_first_line(error)}"
+        return None, f"cannot be read: {error_line(error)}"
     if not captured.accepts(call) or not captured.agrees(module, call, exactly=True):
         return None, "gives other values than the module"
     return captured, ""
@@ -293,7 +294,7 @@ def _write(path: Path | None, captured: Captured) -> None:
         for file in stored[:-STORED]:
             file.unlink(missing_ok=True)
     except (CaptureError, OSError, NotImplementedError) as error:  # the last: outputs of a class that has no name
-        captured.origin = f"exported, not kept on disk: {_first_line(error)}"
+        captured.origin = f"exported, not kept on disk: {error_line(error)}"
 
 
 def _first_that_exports(module: nn.Module, call: Call) -> Captured:
@@ -302,7 +303,7 @@ def _first_that_exports(module: nn.Module, call: Call) -> Captured:
         try:
             return _export(module, call, dynamic)
         except Exception as error:  # torch.export raises many kinds; each is recorded and shown by summary()
-            problems.append(f"{'dynamic' if dynamic else 'fixed'} shapes: {type(error).__name__}: {_first_line(error)}")
+            problems.append(f"{'dynamic' if dynamic else 'fixed'} shapes: {error_line(error)}")
     return _opaque(module, call, "; ".join(problems))
 
 
@@ -396,7 +397,3 @@ def _opaque(module: nn.Module, call: Call, problem: str) -> Captured:
     graph.output(tuple(items))
     graph_module = GraphModule({"eager": Eager()}, graph)
     return Captured(graph_module, call, {}, {}, inputs, out_spec, problem=problem)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:200]

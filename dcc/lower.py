@@ -25,6 +25,7 @@ from dcc.passes.base import Correction, state_of
 from dcc.passes.forms import Constant
 from dcc.passes.outline_blocks import outline_blocks
 from dcc.passes.specialize import specialize
+from dcc.text import error_line
 
 BACKENDS = ("inductor", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # those of torch.compile
@@ -96,7 +97,7 @@ def lower(variant: Variant, values: Sequence[Tensor], backend: str, mode: str = 
             call = _inductor(graph_module, fakes, mode)
             problem = _compare(call, values, expected)
         except Exception as error:  # Inductor raises many kinds; the reason is kept and shown by summary()
-            problem = f"Inductor: {_named(error)}"
+            problem = f"Inductor: {error_line(error)}"
         if problem is None:
             said = [f"is lowered whole: {'; '.join(problems)}"] if problems else []
             if mode in GRAPHED:
@@ -144,14 +145,8 @@ def _graphed(
         graphed = cuda_graphs.Graphed(call, cuda_graphs.pool_of(values[0].device))
         problem = _compare(graphed, values, expected)
     except Exception as error:  # what cannot be recorded raises many kinds; the reason is shown by summary()
-        problem = _named(error)
+        problem = error_line(error)
     return (call, problem) if problem else (graphed, None)
-
-
-def _named(error: Exception) -> str:
-    """Kind and first line of an error."""
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first_line[:200]}"
 
 
 def _compare(call: Callable[..., Sequence[Tensor]], values: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:

@@ -16,6 +16,12 @@ def render(renderable: Any, width: int = 110) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())  # type: ignore[attr-defined]
 
 
+def error_line(error: BaseException) -> str:
+    """Kind and first line of an error, as `summary()` and tables show what another library raised."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {line[:200]}"
+
+
 def human_bytes(size: float) -> str:
     """1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB"):
