@@ -17,7 +17,6 @@ from dcc.hoisted import hoisted, prologue
 from dcc.lower import Variant
 from dcc.observe import Observer
 from dcc.passes.base import GUIDANCE, Correction, Form, Row, Site
-from dcc.passes.dataflow import Dataflow
 from dcc.passes.forms import constants
 from dcc.passes.graph import copy_of, output_node
 from dcc.plan import Plan, with_costs
@@ -42,13 +41,12 @@ def cost(plan: Plan, sites: Sites) -> Plan:
                     raise PlanError(
                         f"a step forecasts both {owner[out]!r} and {name!r}, which are one value; choose one"
                     )
-    flow = Dataflow(sites.captured.graph_module)
     forms = _used_forms(plan)
     _ = _row_forms(plan, selected)  # raises where one does not fit its sites
     selected = _coalesced(plan, selected, sites)
     maps = _corrections(plan, sites, selected)
     relative = [[corrected(site, maps, live=False) for site in group] for group in selected]
-    flops = {row: row_flops(flow, sites, relative, row, forms) for row in plan.rows}
+    flops = {row: row_flops(sites, relative, row, forms) for row in plan.rows}
     priced = with_costs(plan, flops, sum(site.bytes for group in selected for site in group))
     return replace(
         priced,
@@ -58,7 +56,6 @@ def cost(plan: Plan, sites: Sites) -> Plan:
 
 
 def row_flops(
-    flow: Dataflow,
     sites: Sites,
     selected: Sequence[Sequence[Site]],
     row: Sequence[int],
@@ -67,7 +64,7 @@ def row_flops(
     """FLOPs of one call that forecasts the sites that the row does not compute, but for the tokens it refreshes."""
     skipped = [s for k, decision in enumerate(row) if decision != 1 for s in selected[k]]
     forecast = [p for s in skipped if s.kind != GUIDANCE for p in s.ports]
-    whole = refresh_flops(flow, sites, forecast, refreshes(sites, selected, forms, row))
+    whole = refresh_flops(sites, forecast, refreshes(sites, selected, forms, row))
     return whole // 2 if any(s.kind == GUIDANCE for s in skipped) else whole
 
 

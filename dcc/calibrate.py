@@ -245,12 +245,8 @@ def measured_costs(captured: Captured, run: Recording, sites: Sequence[Site]) ->
     def spent(names: Iterable[str]) -> float:
         return sum(seconds.get(name, 0.0) for name in names)
 
-    whole = flow.needed()
-    costs = [
-        SiteCost(site.name, site.kind, site.flops, site.bytes, spent(sorted(whole - flow.needed(site.ports))))
-        for site in sites
-    ]
-    return costs, spent(sorted(whole))
+    costs = [SiteCost(s.name, s.kind, s.flops, s.bytes, spent(sorted(flow.spared(s.ports)))) for s in sites]
+    return costs, spent(sorted(flow.needed()))
 
 
 def _generate(target: Target, net: Instrumented, run: Run, prompt: Any, seed: int) -> Samples:

@@ -15,6 +15,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from dcc.fingerprint import code_hash
 from dcc.graph_file import read_graph, write_graph
 from dcc.passes.graph import nodes_by_name, output_node, shape, sizes, symbols
 from dcc.passes.verify import is_mutation, verify
+from dcc.repeats import one_of_each_kind, write_out
 from dcc.text import error_line
 
 STORED = 64  # graphs kept on disk; the oldest give way
@@ -300,10 +302,19 @@ def _write(path: Path | None, captured: Captured) -> None:
 def _first_that_exports(module: nn.Module, call: Call) -> Captured:
     problems = []
     for dynamic in (True, False):
-        try:
-            return _export(module, call, dynamic)
-        except Exception as error:  # torch.export raises many kinds; each is recorded and shown by summary()
-            problems.append(f"{'dynamic' if dynamic else 'fixed'} shapes: {error_line(error)}")
+        for context in (one_of_each_kind(module), nullcontext(False)):
+            repeats = True
+            try:
+                with context as repeats:
+                    captured = _export(module, call, dynamic)
+                if not repeats or captured.agrees(module, call, exactly=True):
+                    return captured
+                problem = "blocks of one kind differ in what they compute"
+            except Exception as error:  # torch.export raises many kinds; each is recorded and shown by summary()
+                problem = error_line(error)
+            if not repeats:
+                break
+        problems.append(f"{'dynamic' if dynamic else 'fixed'} shapes: {problem}")
     return _opaque(module, call, "; ".join(problems))
 
 
@@ -338,6 +349,7 @@ def _from_program(module: nn.Module, call: Call, program: torch.export.ExportedP
             weights[name] = _live(module, spec.target)
         else:
             constants[name] = program.constants[spec.target]
+    write_out(program.graph, module, {name: weight.get() for name, weight in weights.items()})
     inputs, symbols = {}, {}
     for path, name in zip(call.leaf_names, user_inputs, strict=True):
         node = placeholders[name]

@@ -27,7 +27,7 @@ def coalesced(group: Sequence[Site], sites: Sites, others: Iterable[Site] = ()) 
     """The sites of one selector, with those that follow each other joined; `others` are sites of other selectors."""
     if len(group) < 2 or any(site.kind == GUIDANCE for site in group):
         return tuple(group)
-    flow, nodes = Dataflow(sites.captured.graph_module), nodes_by_name(sites.captured.graph_module)
+    flow, nodes = sites.flow, nodes_by_name(sites.captured.graph_module)
     ports = {(site.name, port): port for site in group for port in site.ports}
     alive = flow.needed(ports.values())
     kept = {name for site in others for port in site.ports for name in (port.out, port.base)} | {OUTPUT}

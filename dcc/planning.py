@@ -17,7 +17,6 @@ from dcc.closed_loop import Candidate, ClosedLoop, prepare
 from dcc.errors import BudgetError, ProfileError
 from dcc.fingerprint import fingerprint
 from dcc.observe import Observer
-from dcc.passes.dataflow import Dataflow
 from dcc.pipeline import Target, installed
 from dcc.plan import Plan, make_plan
 from dcc.predictors import Predictor
@@ -156,7 +155,7 @@ def plan_within(
         for chosen, traced in ((fitting, True), (held_back, False))
     ]
     names = [name for name in SITES if name in subject.sites]
-    flow, costs = Dataflow(subject.captured.graph_module), subject.sites.costs
+    flow, costs = subject.sites.flow, subject.sites.costs
     problem = Problem(
         steps=len(subject.run.levels),
         flops=subject.sites.flops,

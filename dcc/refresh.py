@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from dcc.errors import PlanError
 from dcc.passes.base import Refresh, Site
-from dcc.passes.dataflow import OUTPUT, Dataflow
+from dcc.passes.dataflow import OUTPUT
 from dcc.passes.graph import nodes_by_name, output_node, shape, sizes
 from dcc.passes.residual_stream import SHAPE_CHANGES, SUMS, op_name
 from dcc.passes.token_wise import Region, residual_ends, token_region
@@ -115,12 +115,12 @@ def holds_output_tokens(sites: Sites, site: Site) -> bool:
     return True
 
 
-def refresh_flops(flow: Dataflow, sites: Sites, forecast: Sequence[Any], refreshed: Sequence[Refresh]) -> int:
+def refresh_flops(sites: Sites, forecast: Sequence[Any], refreshed: Sequence[Refresh]) -> int:
     """FLOPs of one call: what forecasts leave to be computed, and the share of each refreshed region.
 
     The choice of tokens is not counted.
     """
-    fresh = [refresh for refresh in refreshed if refresh.decision == 2]
+    flow, fresh = sites.flow, [refresh for refresh in refreshed if refresh.decision == 2]
     taken = {
         name
         for refresh in fresh

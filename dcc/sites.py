@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -133,6 +134,11 @@ class Sites:
             )
         return found
 
+    @functools.cached_property
+    def flow(self) -> Dataflow:
+        """The data flow of the captured graph, which nothing edits."""
+        return Dataflow(self.captured.graph_module)
+
     def _branches(self) -> tuple[Site, ...]:
         """All branches; not what lies inside them, which is named when first asked for."""
         return tuple(s for s in self if "/" in s.name and s.kind != "heads")
@@ -190,8 +196,9 @@ class _Finder:
     def __init__(self, sites: Sites) -> None:
         self.sites = sites
         self.graph_module = sites.captured.graph_module
+        self.nodes = nodes_by_name(self.graph_module)
         self.costs = sites.costs
-        self.flow = Dataflow(self.graph_module)
+        self.flow = sites.flow
         self.numbered = list(block_analysis.numbered_blocks(self.graph_module).values())
         self.moving = self.flow.depends_on(sites.captured.inputs.values())
 
@@ -243,12 +250,17 @@ class _Finder:
     def hidden(self) -> None:
         """The value behind the last block if all work flows through it, else the narrowest late value it passes."""
         chain = self.flow.dominators(self.sample)
-        late = [n for n in chain if self.saved([Port(n)]) >= 0.5 * self.sites.flops and self.costs[n].bytes]
         inside = self.sites.order[-1].nodes if self.sites.order else frozenset()
-        last_block = [name for name in late if name in inside]
-        best = last_block[:1] or sorted(late, key=lambda name: (-self.saved([Port(name)]), self.costs[name].bytes))[:1]
-        if best and best[0] not in {port.out for port in self.sites["output"].ports}:
-            self.add("hidden", "value", [Port(best[0])])
+
+        def late(name: str) -> bool:
+            return bool(self.costs[name].bytes) and self.saved([Port(name)]) >= 0.5 * self.sites.flops
+
+        found = next((name for name in chain if name in inside and late(name)), None)
+        if found is None:
+            others = filter(late, chain)
+            found = min(others, key=lambda name: (-self.saved([Port(name)]), self.costs[name].bytes), default=None)
+        if found is not None and found not in {port.out for port in self.sites["output"].ports}:
+            self.add("hidden", "value", [Port(found)])
 
     def varies(self, path: str) -> bool:
         """Whether an input changes from step to step, as far as the recorded run showed."""
@@ -278,25 +290,25 @@ class _Finder:
 
     def residual(self, name: str, consecutive: list[Block]) -> Site | None:
         inside = block_analysis.region(consecutive)
-        entering = [n for n in block_analysis.entering(self.graph_module, inside) if n.name in self.moving]
+        entering = [n for n in block_analysis.entering(self.nodes, inside) if n.name in self.moving]
         ports = []
-        for node in block_analysis.leaving(self.graph_module, inside, self.moving):
+        for node in block_analysis.leaving(self.nodes, inside, self.moving):
             base = base_of(node, entering)
             ports.append(Port(node.name, base.name if base is not None else None))
         return self.site(name, "residual" if any(port.base for port in ports) else "value", ports) if ports else None
 
     def value_behind(self, name: str, block: Block) -> Site:
         """What leaves a block, as it is."""
-        leaving = block_analysis.leaving(self.graph_module, set(block.nodes), self.moving)
+        leaving = block_analysis.leaving(self.nodes, set(block.nodes), self.moving)
         return self.site(name, "value", [Port(node.name) for node in leaving])
 
     def branches(self, block: Block) -> None:
         """Branches of the block and of the numbered blocks nested in it, named by kind in execution order."""
         for unit in (b for b in self.numbered if block_analysis.is_inside(b.path, block.path)):
             inside = set(unit.nodes)
-            stop = {n.name for n in block_analysis.entering(self.graph_module, inside) if n.name in self.moving}
+            stop = {n.name for n in block_analysis.entering(self.nodes, inside) if n.name in self.moving}
             found = {}
-            for node in block_analysis.leaving(self.graph_module, inside, self.moving):
+            for node in block_analysis.leaving(self.nodes, inside, self.moving):
                 for branch in branches(node, stop, unit.nodes):
                     found.setdefault(branch.addition.name, branch)
             counts: dict[str, int] = {}
@@ -325,13 +337,12 @@ class _Finder:
         block = next((b for b in self.numbered if b.path == name.removesuffix("/heads")), None)
         if block is None or f"{block.path}/attn+mlp" not in self.sites:
             return None
-        nodes = nodes_by_name(self.graph_module)
-        value = nodes[self.sites[f"{block.path}/attn+mlp"].ports[0].out]
+        value = self.nodes[self.sites[f"{block.path}/attn+mlp"].ports[0].out]
         found = attention_output(value, block.nodes)
         return self.site(name, "heads", [Port(found.name)]) if found is not None else None
 
     def saved(self, ports: list[Port]) -> int:
-        return self.sites.flops - self.flow.flops(self.costs, ports)
+        return sum(self.costs[name].flops for name in self.flow.spared(ports) if name in self.costs)
 
     def site(self, name: str, kind: str, ports: list[Port]) -> Site:
         facts = [self.costs.get(port.out, Cost(0, 0, ())) for port in ports]

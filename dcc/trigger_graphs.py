@@ -16,7 +16,6 @@ from dcc.capture import Captured
 from dcc.errors import PolicyError
 from dcc.lower import Variant
 from dcc.passes.base import GUIDANCE, Look, Port, Row, Site, look_name, watch_name
-from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import nodes_by_name, output_node, symbols
 from dcc.passes.split_at import ancestors, prefix, suffix
 from dcc.plan import Plan, is_full
@@ -148,7 +147,7 @@ class TriggerGraphs:
         return port if measure.residual else Port(port.out)
 
     def _flops(self, row: tuple[int, ...]) -> int:
-        flow, costs = Dataflow(self.captured.graph_module), self.sites.costs
+        flow, costs = self.sites.flow, self.sites.costs
         forecast = [p for g, d in zip(self.selected, row, strict=True) if d == 0 for s in g for p in s.ports]
         verified = [self.ports[m].out for m in self.looks(row)]
         needed = flow.needed(forecast) | self.inside

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from dcc.passes.costs import Cost
-from dcc.passes.graph import is_tensor, nodes_by_name
+from dcc.passes.graph import is_tensor
 
 NUMBERED = re.compile(r"(?:^|\.)\d+$")
 MIN_SHARE = 0.02  # a stack with less of the FLOPs is an embedder or a head, not a stack of blocks
@@ -69,15 +69,13 @@ def region(blocks: Iterable[Block]) -> set[str]:
     return set().union(*(block.nodes for block in blocks))
 
 
-def leaving(graph_module: GraphModule, inside: set[str], moving: set[str]) -> list[Node]:
+def leaving(nodes: Mapping[str, Node], inside: set[str], moving: set[str]) -> list[Node]:
     """Tensors made in the region that change from step to step (`moving`) and are used outside, in graph order."""
-    nodes = nodes_by_name(graph_module)
     found = (nodes[name] for name in inside & moving)
     return sorted(n for n in found if is_tensor(n) and any(user.name not in inside for user in n.users))
 
 
-def entering(graph_module: GraphModule, inside: set[str]) -> list[Node]:
+def entering(nodes: Mapping[str, Node], inside: set[str]) -> list[Node]:
     """Tensors made outside the region and used inside, in graph order."""
-    nodes = nodes_by_name(graph_module)
     sources = {source for name in inside for source in nodes[name].all_input_nodes if source.name not in inside}
     return sorted(source for source in sources if is_tensor(source))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
@@ -28,11 +29,20 @@ def costs(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[str, Cost]:
     FLOPs are those that torch.utils.flop_counter counts: matrix products, convolutions and attention.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fakes = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in inputs]
+        known: dict[Any, Tensor] = {}
+        fakes = [_fake(mode, value, known) if isinstance(value, Tensor) else value for value in inputs]
         meter = _Meter(graph_module)
         with meter.counter:
             meter.run(*fakes)
     return meter.costs
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor, known: dict[Any, Tensor]) -> Tensor:
+    """A fake tensor like this one; one for all weights that are alike."""
+    key = type(tensor), *_facts(tensor)
+    if key not in known:
+        known[key] = mode.from_tensor(tensor)
+    return known[key]
 
 
 def _attention_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
@@ -44,16 +54,31 @@ CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _at
 
 
 class _Meter(Interpreter):
+    """Counts while it runs; equal calls, as of repeated blocks, are made once."""
+
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module, garbage_collect_values=True)
         self.costs: dict[str, Cost] = {}
         self.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        self.known: dict[Any, tuple[Any, int]] = {}  # value and FLOPs
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = (target, spec, *(_facts(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves))
+        if key not in self.known:
+            before = self.counter.get_total_flops()
+            value = super().call_function(target, args, kwargs)
+            self.known[key] = value, self.counter.get_total_flops() - before
+        return self.known[key]
 
     def run_node(self, n: Node) -> Any:
-        before = self.counter.get_total_flops()
         value = super().run_node(n)
-        flops = self.counter.get_total_flops() - before
+        value, flops = value if n.op == "call_function" else (value, 0)
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
         self.costs[n.name] = Cost(flops, size, shape)
         return value
+
+
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import networkx as nx
@@ -41,6 +43,33 @@ class Dataflow:
                 alive.add(name)
                 todo.extend(self.digraph.predecessors(name))
         return alive
+
+    def spared(self, forecast: Iterable[Port]) -> set[str]:
+        """Names of the needed nodes that do not run when the ports' values are forecast.
+
+        The same as `needed() - needed(forecast)`, found from the ports, in time that goes with their number.
+        """
+        bases = {port.out: port.base for port in forecast if port.out in self.users}
+        left = Counter(base for base in bases.values() if base is not None)  # users that a node has now, less before
+        gone = set(bases)
+        lost = [source for name in bases for source in self.digraph.predecessors(name)]  # a user each
+        while lost:
+            name = lost.pop()
+            left[name] -= 1
+            if self.users[name] + left[name] > 0:
+                continue
+            if name not in bases:
+                gone.add(name)
+                lost.extend(self.digraph.predecessors(name))
+            elif bases[name] is not None:  # its forecast is not wanted either
+                lost.append(bases[name])
+        return gone
+
+    @functools.cached_property
+    def users(self) -> dict[str, int]:
+        """How many needed nodes take the value of each needed node; the output counts as taken."""
+        needed = self.needed()
+        return {name: sum(u in needed for u in self.digraph.successors(name)) or 1 for name in needed}
 
     def flops(self, costs: Mapping[str, Cost], forecast: Iterable[Port] = ()) -> int:
         """FLOPs of one call in which the ports' values are forecast."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 
 from dcc.errors import PassError
@@ -80,10 +81,13 @@ def insert_call(graph_module: GraphModule, target: Callable[..., Any], *args: An
 
 
 def copy_of(graph_module: GraphModule) -> GraphModule:
-    """A graph module of the same modules with a copy of the graph, free to be edited."""
+    """A graph module of the same modules with a copy of the graph, free to be edited.
+
+    Its code is written when it is first run; many copies are only lowered.
+    """
     graph = Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
-    return GraphModule(graph_module, graph)
+    return _LazyGraphModule(graph_module, graph)
 
 
 def add_placeholder(graph_module: GraphModule, name: str, val: torch.Tensor) -> Node:

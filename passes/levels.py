@@ -39,13 +39,14 @@ def level_cut(level: int, all_levels: list[set[str]], flow: Dataflow, costs: Map
 
 def skip_pairs(graph_module: GraphModule, flow: Dataflow) -> list[tuple[str, str]]:
     """Names of the newer and the older operand of all skip connections, outermost (last executed) first."""
+    names = [node.name for node in graph_module.graph.nodes]
+    position = {name: index for index, name in enumerate(names)}
     pairs = []
     for node in graph_module.graph.nodes:
         operands = node.all_input_nodes if op_name(node) == "cat" else []
         if len(operands) == 2:
-            a, b = (operand.name for operand in operands)
-            if nx.has_path(flow.digraph, a, b):
-                pairs.append((b, a))
-            elif nx.has_path(flow.digraph, b, a):
-                pairs.append((a, b))
+            older, newer = sorted((operand.name for operand in operands), key=position.__getitem__)
+            between = flow.digraph.subgraph(names[position[older] : position[newer] + 1])  # all that a path may pass
+            if nx.has_path(between, older, newer):
+                pairs.append((newer, older))
     return pairs[::-1]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from torch.fx import Graph, GraphModule, Node
 
-from dcc.passes.graph import copy_of, is_tensor, nodes_by_name, output_node
+from dcc.passes.graph import is_tensor, nodes_by_name, output_node
 
 
 def ancestors(graph_module: GraphModule, names: Iterable[str]) -> set[str]:
@@ -30,12 +30,15 @@ def ancestors(graph_module: GraphModule, names: Iterable[str]) -> set[str]:
 
 def prefix(graph_module: GraphModule, outputs: Sequence[str]) -> GraphModule:
     """A graph that computes the named nodes and nothing else; its outputs are these."""
-    copy = copy_of(graph_module)
-    nodes = nodes_by_name(copy)
-    output_node(copy).args = (tuple(nodes[name] for name in outputs),)
-    _drop_dead(copy)
-    copy.recompile()
-    return copy
+    nodes = nodes_by_name(graph_module)
+    values = [nodes[name] for name in outputs]
+    wanted = _needed(values, set())
+    graph, copies = Graph(), {}
+    for node in graph_module.graph.nodes:
+        if node in wanted:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in values))
+    return GraphModule(graph_module, graph)
 
 
 def suffix(graph_module: GraphModule, inside: set[str], drop: Sequence[str]) -> tuple[GraphModule, list[str]]:
@@ -76,9 +79,3 @@ def _needed(outputs: Sequence[Node], inside: set[str]) -> set[Node]:
         if node.name not in inside or not is_tensor(node):
             todo.extend(node.all_input_nodes)
     return found
-
-
-def _drop_dead(graph_module: GraphModule) -> None:
-    for node in reversed(list(graph_module.graph.nodes)):
-        if node.op != "output" and not node.users:
-            graph_module.graph.erase_node(node)

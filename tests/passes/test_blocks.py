@@ -70,25 +70,23 @@ def test_a_module_without_numbers_has_no_blocks():
 
 
 def test_entering_and_leaving_values(transformer):
-    graph_module = transformer.captured.graph_module
+    nodes = nodes_by_name(transformer.captured.graph_module)
     first, second = blocks_of(transformer.captured, transformer.call)
-    moving = set(nodes_by_name(graph_module))
-    out = {
-        block.path: [node.name for node in leaving(graph_module, set(block.nodes), moving)] for block in (first, second)
-    }
+    moving = set(nodes)
+    out = {block.path: [node.name for node in leaving(nodes, set(block.nodes), moving)] for block in (first, second)}
     assert [len(names) for names in out.values()] == [1, 1]
     (between,), (last,) = out.values()
-    enters = [node.name for node in entering(graph_module, set(second.nodes)) if not node.name.startswith("p_")]
+    enters = [node.name for node in entering(nodes, set(second.nodes)) if not node.name.startswith("p_")]
     assert enters == ["linear_1", between]  # the time embedding, and the stream
     both = region([first, second])
     assert both == first.nodes | second.nodes
-    assert [node.name for node in leaving(graph_module, both, moving)] == [last]
+    assert [node.name for node in leaving(nodes, both, moving)] == [last]
 
 
 def test_what_no_step_changes_does_not_leave(transformer):
-    graph_module = transformer.captured.graph_module
+    nodes = nodes_by_name(transformer.captured.graph_module)
     first, _ = blocks_of(transformer.captured, transformer.call)
-    assert leaving(graph_module, set(first.nodes), set()) == []
+    assert leaving(nodes, set(first.nodes), set()) == []
 
 
 def test_paths_run_from_the_outside_in(transformer):

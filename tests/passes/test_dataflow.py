@@ -1,5 +1,8 @@
 """Dataflow on a graph small enough to count by hand, and against what the passes really leave."""
 
+import random
+
+import networkx as nx
 import pytest
 import torch
 
@@ -55,6 +58,25 @@ def test_what_another_path_uses_stays(flow):
 def test_a_residual_needs_its_base(flow):
     assert flow.needed([Port("add_tensor", "neg_default")]) == ALL - {"exp_default", "sin_default", "add_tensor"}
     assert flow.flops(COSTS, [Port("add_tensor", "neg_default")]) == 10001
+
+
+def test_what_is_spared_is_what_is_not_needed(transformer):
+    graph_module = transformer.captured.graph_module
+    flow, draw = Dataflow(graph_module), random.Random(0)
+    names = [node.name for node in graph_module.graph.nodes if node.op != "output"]
+    sizes = set()
+    for _ in range(300):
+        ports = {}
+        for out in draw.sample(range(1, len(names)), k=draw.randint(1, 4)):
+            base = draw.choice([None, draw.randrange(out)])
+            above = (
+                base is not None and names[base] in flow.needed() and nx.has_path(flow.digraph, names[base], names[out])
+            )
+            ports[names[out]] = Port(names[out], names[base] if above else None)
+        spared = flow.spared(ports.values())
+        assert spared == flow.needed() - flow.needed(ports.values())
+        sizes.add(len(spared))
+    assert len(sizes) > 20
 
 
 def test_questions_leave_the_graph_as_it_was(flow):

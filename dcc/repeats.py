@@ -1,0 +1,262 @@
+"""Traces one block of each kind: what makes the time of an export depend on the kinds of blocks, not on depth.
+
+While torch.export traces a module, the first call of a block runs between two boundary operators, and later calls of
+blocks of the same kind, with inputs of the same shapes, are one opaque operator each. Afterwards every such operator
+is replaced by a copy of the nodes between the boundaries that reads the weights of its own block. Two blocks are of
+one kind where their classes, settings and weights' shapes are equal all the way down, so that `forward` takes the
+same path through both; `capture` compares the outcome with the module all the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from dcc.errors import CaptureError
+
+SMALLEST = 4  # modules of a block; copying less saves nothing
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
+
+
+@dataclass(frozen=True)
+class First:
+    """The call of a kind of block that is traced: its number, its block, and what the block returned."""
+
+    key: str
+    path: str
+    spec: pytree.TreeSpec
+    constants: tuple[Any, ...]  # the leaves of what it returned, None for tensors
+
+    def returned(self, tensors: Sequence[Tensor]) -> Any:
+        """What another block of this kind returns."""
+        rest = iter(tensors)
+        leaves = [next(rest) if value is _TENSOR else value for value in self.constants]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+_TENSOR = object()
+_OUTPUTS: dict[str, list[tuple[Any, ...]]] = {}  # by key, while an export runs: size, stride, dtype, device
+_KEYS = itertools.count()
+
+
+@torch.library.custom_op("dcc::boundary", mutates_args=())
+def _boundary(key: str, path: str, tensors: list[Tensor]) -> list[Tensor]:
+    """The same values: what enters or leaves the block at `path`, traced as `key`."""
+    return [tensor.clone() for tensor in tensors]
+
+
+@_boundary.register_fake
+def _(key: str, path: str, tensors: list[Tensor]) -> list[Tensor]:
+    return [_empty(*_layout(tensor)) for tensor in tensors]
+
+
+@torch.library.custom_op("dcc::repeat", mutates_args=())
+def _repeat(key: str, path: str, tensors: list[Tensor]) -> list[Tensor]:
+    """The block at `path`, called as the traced block `key` was; stands in graphs under way, and is never run."""
+    raise CaptureError(f"block {path!r} was not written out in the exported graph")
+
+
+@_repeat.register_fake
+def _(key: str, path: str, tensors: list[Tensor]) -> list[Tensor]:
+    return [_empty(*layout) for layout in _OUTPUTS[key]]
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def _empty(size: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+BOUNDARY, REPEAT = torch.ops.dcc.boundary.default, torch.ops.dcc.repeat.default
+
+
+@contextmanager
+def one_of_each_kind(module: nn.Module) -> Iterator[bool]:
+    """Within the context an export of `module` traces one block of each kind; gives whether any kind repeats.
+
+    Blocks are the children of ModuleLists and Sequentials; while the context lasts their `forward` is replaced, and
+    calls in other threads go through to the real one. The exported graph needs `write_out`.
+    """
+    kinds: dict[Any, list[tuple[str, nn.Module]]] = {}
+    for path, block in module.named_modules():
+        inside = path and isinstance(module.get_submodule(path.rpartition(".")[0]), nn.ModuleList | nn.Sequential)
+        if inside and len(list(block.modules())) >= SMALLEST and "forward" not in vars(block):
+            kinds.setdefault(_kind(block, {}), []).append((path, block))
+    repeated = [blocks for blocks in kinds.values() if len(blocks) > 1]
+    keys: list[str] = []
+    try:
+        for blocks in repeated:
+            known: dict[Any, First] = {}
+            for path, block in blocks:
+                block.forward = _forward(block.forward, path, known, keys)
+        yield bool(repeated)
+    finally:
+        for _, block in itertools.chain(*repeated):
+            block.__dict__.pop("forward", None)
+        for key in keys:
+            _OUTPUTS.pop(key, None)
+
+
+def _kind(value: Any, seen: dict[int, int]) -> Any:
+    """A hashable description: equal for modules that run the same code with the same settings on equal shapes.
+
+    What cannot be compared, such as a function or a tensor that is not registered, counts by identity.
+    """
+    if isinstance(value, PLAIN):
+        return type(value), value
+    if id(value) in seen:
+        return "again", seen[id(value)]
+    seen[id(value)] = len(seen)
+    if isinstance(value, nn.Module):
+        own, tensors = vars(value), value._parameters | value._buffers
+        facts = tuple((name, None if t is None else _described(t)) for name, t in tensors.items())
+        rest = tuple((k, _kind(v, seen)) for k, v in own.items() if k not in ("_parameters", "_buffers"))
+        return type(value), facts, rest
+    if isinstance(value, list | tuple):
+        return type(value), tuple(_kind(item, seen) for item in value)
+    if isinstance(value, dict):
+        return type(value), tuple((_kind(key, seen), _kind(item, seen)) for key, item in value.items())
+    if isinstance(value, set | frozenset):
+        return type(value), tuple(sorted(map(repr, value)))
+    if isinstance(value, (Tensor, type, *FUNCTIONS)) or not hasattr(value, "__dict__"):
+        return id(value)
+    return type(value), _kind(vars(value), seen)
+
+
+def _described(tensor: Tensor) -> Any:
+    """What the code that takes a tensor, also a fake one, may ask of it while it is traced."""
+    size, stride, dtype, device = _layout(tensor)
+    return type(tensor), str(size), str(stride), dtype, device
+
+
+def _forward(original: Callable[..., Any], path: str, known: dict[Any, First], keys: list[str]) -> Callable[..., Any]:
+    """Stands for a block's `forward`: traced for the first block that is called so, one operator for others."""
+    tracing = threading.get_ident()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != tracing:
+            return original(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())
+        place = {id(tensor): index for index, tensor in enumerate(tensors)}
+        described = ((place[id(x)], _described(x)) if id(x) in place else _constant(x) for x in leaves)
+        signature = str(spec), *described
+        first = known.get(signature)
+        if first is not None and first.path != path:
+            return first.returned(torch.ops.dcc.repeat(first.key, path, tensors))
+
+        key = first.key if first else str(next(_KEYS))
+        inside = torch.ops.dcc.boundary(key, path, tensors)
+        leaves = [inside[place[id(leaf)]] if id(leaf) in place else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        leaves, spec = pytree.tree_flatten(original(*args, **kwargs))
+        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        constants = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        if not outputs or not all(leaf is _TENSOR or isinstance(leaf, PLAIN) for leaf in constants):
+            return pytree.tree_unflatten(leaves, spec)
+        first = First(key, path, spec, constants)
+        outside = torch.ops.dcc.boundary(key, path, outputs)
+        keys.append(key)
+        _OUTPUTS[key] = [_layout(tensor) for tensor in outside]
+        known[signature] = first
+        return first.returned(outside)
+
+    return forward
+
+
+def _constant(value: Any) -> Any:
+    """An argument that is no tensor: by value where that is plain, sizes by their expression, others by identity."""
+    if isinstance(value, PLAIN):
+        return type(value), value
+    return str(value) if isinstance(value, SIZES) else id(value)
+
+
+def write_out(graph: Graph, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Replaces every repeat in the graph by the nodes of its traced block, and drops the boundaries.
+
+    Args:
+        graph: of an export within `one_of_each_kind(module)`.
+        weights: the module's parameters and buffers by the name of the graph input that stands for them.
+
+    Raises CaptureError, naming the block, where its weights are shared in another way than the traced one's.
+    """
+    inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    node_of = {id(tensor): inputs[name] for name, tensor in weights.items()}
+    boundaries: dict[str, list[Node]] = {}
+    for node in list(graph.nodes):  # in order: what repeats inside a traced block is there when that one is copied
+        if node.target is BOUNDARY:
+            boundaries.setdefault(node.args[0], []).append(node)
+        elif node.target is REPEAT:
+            key, path, _ = node.args
+            enter, leave = boundaries[key][:2]
+            copies = _weights(module, enter.args[1], path, node_of)
+            _copy(node, enter, leave, copies)
+            _replace(node, [copies.get(value, value) for value in leave.args[2]])
+    for node in list(graph.nodes):
+        if node.target is BOUNDARY:
+            _replace(node, node.args[2])
+
+
+def _weights(module: nn.Module, first: str, other: str, node_of: Mapping[int, Node]) -> dict[Node, Node]:
+    """The graph inputs that one block reads where the block `first` reads those of its own."""
+    found: dict[Node, Node] = {}
+    mine, others = (_tensors(module.get_submodule(path)) for path in (first, other))
+    for name, tensor in mine.items():
+        if id(tensor) in node_of:
+            node = node_of.get(id(others.get(name)))
+            if node is None or found.setdefault(node_of[id(tensor)], node) is not node:
+                raise CaptureError(f"weight {name!r} of {other!r} is shared in another way than that of {first!r}")
+    return found
+
+
+def _tensors(block: nn.Module) -> dict[str, Tensor]:
+    return dict([*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False)])
+
+
+def _copy(repeat: Node, enter: Node, leave: Node, copies: dict[Node, Node]) -> None:
+    """Copies the nodes between two boundaries to where a repeat stands; `copies` says what stands for what.
+
+    Sizes made of nothing in the block serve all blocks.
+    """
+    _, path, tensors = repeat.args
+    first, node = enter.args[1], enter.next
+    while node is not leave:
+        if node.target is operator.getitem and node.args[0] is enter:
+            copies[node] = tensors[node.args[1]]
+        elif any(map(copies.__contains__, node.all_input_nodes)) or not isinstance(node.meta.get("val"), SIZES):
+            with repeat.graph.inserting_before(repeat):
+                copy = repeat.graph.node_copy(node, lambda value: copies.get(value, value))
+            inner = [entry for entry in _modules(node).values() if entry[0].startswith(f"{first}.")]
+            moved = {path + inside[len(first) :]: (path + inside[len(first) :], kind) for inside, kind in inner}
+            copy.meta["nn_module_stack"] = _modules(repeat) | moved
+            copies[node] = copy
+        node = node.next
+
+
+def _modules(node: Node) -> dict[str, tuple[str, Any]]:
+    """Paths and classes of the modules around a node, outermost first."""
+    return node.meta.get("nn_module_stack") or {}
+
+
+def _replace(node: Node, values: Sequence[Node]) -> None:
+    """Puts values in the place of the items of a node that is a list of tensors."""
+    for item in list(node.users):
+        item.replace_all_uses_with(values[item.args[1]])
+        node.graph.erase_node(item)
+    node.graph.erase_node(node)
