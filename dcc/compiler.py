@@ -15,7 +15,7 @@ from dcc.capture import capture
 from dcc.errors import PlanError, PolicyError
 from dcc.examine import examine
 from dcc.fingerprint import fingerprint
-from dcc.lower import check_backend
+from dcc.lower import check_backend, start_inductor
 from dcc.observe import Observer
 from dcc.pipeline import (
     Target,
@@ -97,6 +97,9 @@ def compile(
     target = make_target(model, sample, call_kwargs)
     prompts = check_prompts(calib_prompts, text=not isinstance(model, nn.Module))
     budget = None if policy or plan else budget_of(**budgets, effort=effort, prompts=prompts)
+
+    if backend == "inductor" and all(weight.device.type == "cpu" for weight in target.module.parameters()):
+        start_inductor()  # it gets to know the processor while the denoiser is recorded
 
     # one real run, the denoiser as one graph, and every value in it that may be cached
     run, captured, sites = examine(target, prompts, say)

@@ -8,6 +8,10 @@ CUDA graphs get dcc's own (cuda_graphs.py), compared once more: Inductor's would
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -81,6 +85,29 @@ def check_backend(backend: str, mode: str = "default") -> None:
         raise LoweringError(f"mode {mode!r} is Inductor's, the eager backend has none; leave one of them out")
 
 
+@functools.cache
+def start_inductor() -> threading.Thread:
+    """Loads Inductor and starts what it does once a process before it makes code for a CPU, beside other work.
+
+    It builds and loads test programs to find out what the processor can do: a second, or eight with an empty cache.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what they import
+        import torch._inductor.codecache  # two seconds that a user of the eager backend need not wait
+        import torch._inductor.cpu_vec_isa
+        import torch.utils.cpp_extension  # which the thread would import, beside imports of this one
+
+    def probe() -> None:
+        with contextlib.suppress(OSError, AttributeError):  # on two cores the recorded run would take thrice as long
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        with contextlib.suppress(Exception):  # Inductor meets it again, and the lowering says so
+            torch._inductor.cpu_vec_isa.valid_vec_isa_list()
+
+    thread = threading.Thread(target=probe, name="dcc start_inductor", daemon=True)
+    thread.start()
+    return thread
+
+
 def lower(variant: Variant, values: Sequence[Tensor], backend: str, mode: str = "default") -> Program:
     """A program for inputs like `values`, compared on them; a safer lowering, with the reason, where it is wrong."""
     check_backend(backend, mode)
@@ -124,8 +151,10 @@ def _inductor(graph_module: GraphModule, fakes: Sequence[Tensor], mode: str) -> 
 
     Inductor keeps what it makes on disk, by graph, versions, settings and device; a second process finds it there.
     """
-    import torch._inductor  # two seconds that a user of the eager backend need not wait
+    import torch._inductor
 
+    if all(value.device.type == "cpu" for value in fakes):
+        start_inductor().join()
     for node in graph_module.graph.nodes:
         node.meta.pop("val", None)  # Inductor makes its own
     options = torch._inductor.list_mode_options(mode) | {"triton.cudagraphs": False}

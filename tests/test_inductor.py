@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import dcc
 from dcc.capture import bind, capture
-from dcc.lower import Variant, lower
+from dcc.lower import Variant, lower, start_inductor
 
 from .denoisers import CASES
 
@@ -44,6 +45,29 @@ def compiled() -> tuple[dcc.CompiledDenoiser, list[int], torch.nn.Module]:
         patch.setattr(torch._inductor, "compile", counting)
         net = FLUX.build()
         yield dcc.compile(net, [0], sample=sample, policy="taylorseer", interval=3, first=2), handed, net
+
+
+@pytest.mark.slow
+def test_inductor_starts_beside_other_work() -> None:
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+    valid_vec_isa_list.cache_clear()
+    start_inductor.cache_clear()
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    thread = start_inductor()
+    assert start_inductor() is thread
+    thread.join()
+    assert valid_vec_isa_list.cache_info().currsize == 1  # it is found out
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_the_eager_backend_does_not_start_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr("dcc.compiler.start_inductor", lambda: started.append(1))
+    monkeypatch.setattr("dcc.lower._inductor", lambda graph_module, *_: graph_module)
+    for backend in ("eager", "inductor"):
+        dcc.compile(FLUX.build(), [0], sample=sample, policy="interval", interval=2, backend=backend)
+        assert len(started) == (backend == "inductor")
 
 
 @pytest.mark.slow
