@@ -247,7 +247,6 @@ def time_case(case: Case, repeats: int, backend: str) -> dict[str, Any]:
     held = dcc.compile(net, [0], sample=loop(case), policy="interval", interval=1, backend=backend)
     plain = held.with_plan(held.plan)
     plain.families[:] = [build(held.families[0].captured, held.plan, Observer(), hoist=False)]
-    plain.families[0].proven |= held.families[0].proven
     seconds, difference = paired(case, plain, held, repeats)
     row = {"case": case.name, "class": case.cls, "sizes": case.sizes, "difference": difference}
     row |= shares(held, case.depth)

@@ -31,4 +31,4 @@ __all__ = [
     "restore",
     "sites",
 ]
-__version__ = "0.5.0"
+__version__ = "0.6.0"

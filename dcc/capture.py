@@ -14,7 +14,7 @@ import operator
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from dcc import repeats
 from dcc.errors import CaptureError
 from dcc.fingerprint import code_hash
 from dcc.graph_file import read_graph, write_graph
@@ -58,6 +59,11 @@ class Call:
     def signature(self) -> tuple[Any, ...]:
         kinds = tuple((t.dim(), t.dtype, t.device) for t in self.tensors)
         return self.names, kinds, tuple(self.constants.items())
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of its tensors."""
+        return tuple(tuple(tensor.shape) for tensor in self.tensors)
 
     def arguments(self, tensors: tuple[Tensor, ...] | None = None) -> dict[str, Any]:
         """The keyword arguments again, with other tensors if given."""
@@ -144,6 +150,7 @@ class Captured:
     fixed: frozenset[str] = frozenset()  # paths of the tensors that are the very same ones at every step
     guided: bool = False  # the batch is [unconditional; conditional] of the same samples (Recording.guided)
     halves: bool | None = None  # whether half of the batch alone gives its half of the output; None until asked
+    proven: set[Any] = field(default_factory=set)  # shapes at which it gave the eager module's outputs
     _symbols: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
@@ -195,8 +202,11 @@ class Captured:
         return values
 
     def agrees(self, module: nn.Module, call: Call, exactly: bool = False) -> bool:
-        """Whether the graph gives the eager module's outputs for this call, to float rounding or bit for bit."""
-        if self.problem:
+        """Whether the graph gives the eager module's outputs for this call, to float rounding or bit for bit.
+
+        To float rounding is asked once for each shape.
+        """
+        if self.problem or (not exactly and call.shapes in self.proven):
             return True
         with torch.no_grad():
             expected = pytree.tree_leaves(module(**call.arguments()))
@@ -205,10 +215,18 @@ class Captured:
             except (RuntimeError, AssertionError, IndexError, ValueError, KeyError, CaptureError):
                 return False  # sizes folded at capture do not fit this call, or weights are gone
         rtol, atol = (0.0, 0.0) if exactly else (1e-3, 1e-4)
-        return len(actual) == len(expected) and all(
+        equal = len(actual) == len(expected) and all(
             a.shape == e.shape and a.dtype == e.dtype and torch.allclose(a, e, rtol=rtol, atol=atol, equal_nan=True)
             for a, e in zip(actual, expected, strict=True)
         )
+        if equal:
+            self.proven.add(call.shapes)
+        return equal
+
+    def is_exact(self, module: nn.Module, *calls: Call) -> bool:
+        """Whether it gives the module's outputs bit for bit for the first of the calls that it accepts; one it must."""
+        call = next((call for call in calls if self.accepts(call)), None)
+        return call is not None and self.agrees(module, call, exactly=True)
 
     def inputs_of(self, call: Call) -> list[Tensor]:
         """Graph inputs of this call in placeholder order."""
@@ -216,20 +234,22 @@ class Captured:
         return [values[node.name] for node in self.graph_module.graph.nodes if node.op == "placeholder"]
 
 
-def capture(module: nn.Module, call: Call) -> Captured:
+def capture(module: nn.Module, call: Call, first: Call | None = None) -> Captured:
     """Exports `module` for calls like this one; capture with a batch of 2 or more, because sizes of 1 are fixed.
 
+    `first` is a call that it will serve: on that one, where it can, it is compared with the module.
     Tries all dimensions dynamic, then fixed shapes, then falls back to the eager module as one opaque node, keeping
     the reason in `problem`. A module that was captured before is not captured again while its old graph still gives
     its outputs bit for bit, so compiling once more for another plan is quick.
     """
+    tests = (call,) if first is None else (first, call)
     for known in _CAPTURES.get(module, []):
-        if known.accepts(call) and known.agrees(module, call, exactly=True):
+        if known.accepts(call) and known.is_exact(module, *tests):
             return known
     path = _place(module, call)
-    captured, why_not = _read(path, module, call)
+    captured, why_not = _read(path, module, call, tests)
     if captured is None:
-        captured = _first_that_exports(module, call)
+        captured = _first_that_exports(module, call, tests)
         captured.origin += f", because the graph on disk {why_not}" if why_not else ""
         _write(path, captured)
     if captured.problem is None:
@@ -248,14 +268,15 @@ def _place(module: nn.Module, call: Call) -> Path | None:
     folder = os.environ.get("DCC_CACHE_DIR")
     if folder == "":
         return None
-    own = [torch.__version__, Path(__file__).read_text(), code_hash(module), call.signature, call.spec]
+    own = [torch.__version__, *(Path(file).read_text() for file in (__file__, repeats.__file__))]
+    own += [code_hash(module), call.signature, call.spec]
     own += [tuple(tensor.shape) for tensor in call.tensors]
     name = hashlib.sha256("\n".join(map(str, own)).encode()).hexdigest()[:32]
     beside = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
     return Path(folder or f"{beside}/dcc") / f"{name}.graph"
 
 
-def _read(path: Path | None, module: nn.Module, call: Call) -> tuple[Captured | None, str]:
+def _read(path: Path | None, module: nn.Module, call: Call, tests: Sequence[Call]) -> tuple[Captured | None, str]:
     """The stored graph; None where there is none, and where it is of no use why."""
     if path is None or not path.exists():
         return None, ""
@@ -275,7 +296,7 @@ def _read(path: Path | None, module: nn.Module, call: Call) -> tuple[Captured | 
         )
     except Exception as error:  # cut short, foreign, or of another version of torch's own internals
         return None, f"cannot be read: {error_line(error)}"
-    if not captured.accepts(call) or not captured.agrees(module, call, exactly=True):
+    if not captured.accepts(call) or not captured.is_exact(module, *tests):
         return None, "gives other values than the module"
     return captured, ""
 
@@ -299,20 +320,20 @@ def _write(path: Path | None, captured: Captured) -> None:
         captured.origin = f"exported, not kept on disk: {error_line(error)}"
 
 
-def _first_that_exports(module: nn.Module, call: Call) -> Captured:
+def _first_that_exports(module: nn.Module, call: Call, tests: Sequence[Call]) -> Captured:
     problems = []
     for dynamic in (True, False):
         for context in (one_of_each_kind(module), nullcontext(False)):
-            repeats = True
+            some_repeat = True
             try:
-                with context as repeats:
+                with context as some_repeat:
                     captured = _export(module, call, dynamic)
-                if not repeats or captured.agrees(module, call, exactly=True):
+                if not some_repeat or captured.is_exact(module, *tests):
                     return captured
                 problem = "blocks of one kind differ in what they compute"
             except Exception as error:  # torch.export raises many kinds; each is recorded and shown by summary()
                 problem = error_line(error)
-            if not repeats:
+            if not some_repeat:
                 break
         problems.append(f"{'dynamic' if dynamic else 'fixed'} shapes: {problem}")
     return _opaque(module, call, "; ".join(problems))

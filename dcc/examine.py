@@ -19,7 +19,7 @@ def examine(target: Target, prompts: Sequence[Any], say: Callable[[str], None]) 
 
     # one functional ATen graph whose weights are inputs
     say("capturing the denoiser")
-    captured = capture(target.module, wide)
+    captured = capture(target.module, wide, run.first)
     captured.learn(run.varying, run.keys, run.guided)
 
     # with what each value costs and saves

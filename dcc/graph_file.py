@@ -75,13 +75,14 @@ class _Writer:
         self.stacks: dict[str, int] = {}
         self.known: dict[str, int] = {}
         self.used: set[str] = set()
+        self.seen: dict[int, tuple[int, Any]] = {}
 
     def node(self, index: int, node: Node) -> list[Any]:
         """[op, name, target, args, kwargs, index of its value or None, index of its module paths]."""
         self.index[node] = index
         try:
             target = node.target if node.op in ("placeholder", "output") else _name(node.target)
-            value = self.once(self.values, self.value(node.meta["val"])) if "val" in node.meta else None
+            value = self.value_index(node.meta["val"]) if "val" in node.meta else None
             paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
             args, kwargs = self.argument(list(node.args)), {k: self.argument(v) for k, v in node.kwargs.items()}
         except CaptureError as error:
@@ -90,6 +91,12 @@ class _Writer:
 
     def once(self, table: dict[str, int], value: Any) -> int:
         return table.setdefault(json.dumps(value), len(table))
+
+    def value_index(self, val: Any) -> int:
+        """Of a value's facts; repeated blocks share their values."""
+        if id(val) not in self.seen:
+            self.seen[id(val)] = self.once(self.values, self.value(val)), val  # which keeps it, and so its id
+        return self.seen[id(val)][0]
 
     def argument(self, value: Any) -> Any:
         if isinstance(value, Node):

@@ -46,7 +46,6 @@ class Family:
     variants: dict[tuple[int, ...], Variant]
     graphs: TriggerGraphs | None = None  # where the plan has a trigger
     prologue: Prologue = field(default_factory=Prologue)  # of what no step changes
-    proven: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)  # shapes at which it equals the eager module
 
     @property
     def halves(self) -> bool:
@@ -109,7 +108,6 @@ class CompiledDenoiser(DenoiserProxy):
         net = denoiser_for(self.original, plan, self.recording, self._build, backend, self.guard, self.mode)
         for family in self.families:
             net.families.append(self._build(family.captured, plan))
-            net.families[-1].proven |= family.proven  # else its shapes are compared with the eager module once more
         return net
 
     def family(self, call: Call) -> Family:
@@ -118,19 +116,17 @@ class CompiledDenoiser(DenoiserProxy):
         The first call of every new shape is compared with the eager module: a graph captured at other sizes may have
         taken a branch that this size would not. Where they differ, the call is captured at its own sizes.
         """
-        shapes = tuple(tuple(tensor.shape) for tensor in call.tensors)
         for family in self.families:
-            if shapes in family.proven and family.captured.accepts(call):
+            if call.shapes in family.captured.proven and family.captured.accepts(call):
                 return family
         with self._lock:
             for family in self.families:
                 if family.captured.accepts(call) and family.captured.agrees(self.original, call):
-                    family.proven.add(shapes)
                     return family
             captured = capture(self.original, call)
             captured.learn(self.recording.varying, self.recording.keys, self.recording.guided)
             self.families.append(self._build(captured, self.plan))
-            self.families[-1].proven.add(shapes)
+            captured.proven.add(call.shapes)
             return self.families[-1]
 
     def run(

@@ -12,6 +12,7 @@ from dcc.errors import CaptureError
 from dcc.passes.verify import is_mutation, verify
 
 NONE = frozenset()
+SHAPES = (2, 8), (1, 8), (2, 3, 8)
 
 
 class Keywords(nn.Module):
@@ -293,8 +294,21 @@ def test_in_place_operations_end_functional(kind):
 def test_agrees_compares_with_the_eager_module():
     module = Keywords()
     captured, call = captured_from(module, torch.randn(2, 8), torch.tensor(3.0))
-    assert captured.agrees(module, call)
     assert not captured.agrees(Keywords(), call)
+    assert captured.agrees(module, call)
+    assert captured.agrees(Keywords(), call)  # the shape is proven
+    assert not captured.agrees(Keywords(), call, exactly=True)
+
+
+def test_the_first_call_that_fits_is_the_one_compared():
+    module, compared = Keywords(), []
+    module.register_forward_pre_hook(lambda module, args, kwargs: compared.append(kwargs["x"].shape), with_kwargs=True)
+    wide, one, other = (bind(module, (torch.randn(*shape), torch.tensor(3.0)), {}, NONE) for shape in SHAPES)
+    captured = capture(module, wide)
+    compared.clear()
+    assert captured.is_exact(module, other, one, wide) and compared == [(1, 8)]
+    assert captured.is_exact(module, other, wide) and compared == [(1, 8), (2, 8)]
+    assert not captured.is_exact(module, other) and len(compared) == 2
 
 
 def test_outputs_that_are_inputs():

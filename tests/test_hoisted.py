@@ -125,7 +125,6 @@ def test_forecast_steps_take_what_their_graph_still_needs(module: nn.Module) -> 
     hoistless = build(plain.captured, net.plan, Observer(), hoist=False)
     expected = net.with_plan(net.plan)
     expected.families[:] = [hoistless]
-    hoistless.proven |= plain.proven
     with Products(module) as products:
         found = generate(net, 1)
     assert_same(found, generate(expected, 1))
@@ -219,7 +218,6 @@ def test_half_of_a_guidance_batch_has_values_of_its_own(module: nn.Module) -> No
     net = compiled(module, guided, policy="interval", interval=2, site="uncond")
     other = net.with_plan(net.plan)
     other.families[:] = [build(net.families[0].captured, net.plan, Observer(), hoist=False)]
-    other.families[0].proven |= net.families[0].proven
     assert_same(guided(net, 1), guided(other, 1))
     assert (net.summary().prologues, other.summary().prologues) == (2, 0)
 

@@ -98,10 +98,10 @@ def test_the_graph_is_that_of_a_whole_trace(name, repeats, monkeypatch):
         warnings.filterwarnings("ignore", message=case.warns)
     net = case.build()
     call = bind(net, (), case.inputs(batch=2), NONE)
-    short = dcc.capture._first_that_exports(net, call)
+    short = dcc.capture._first_that_exports(net, call, [call])
     assert repeats and short.problem is None
     monkeypatch.setattr(dcc.capture, "one_of_each_kind", lambda module: nullcontext(False))
-    whole = dcc.capture._first_that_exports(net, call)
+    whole = dcc.capture._first_that_exports(net, call, [call])
     assert described(short) == described(whole)
     assert short.weights.keys() == whole.weights.keys() and short._symbols == whole._symbols
 

@@ -137,10 +137,7 @@ def _family(model: str, plan: Plan) -> Family:
     """The variants of a plan; they are pure functions, so denoisers may share them."""
     key = (model, plan.sites, plan.schedule, plan.anchors)
     if key not in _families:
-        done = base(model).families[0]
-        family = build(done.captured, plan, Observer(), sites(model))
-        family.proven |= done.proven  # else its shapes are compared with the eager module once more
-        _families[key] = family
+        _families[key] = build(base(model).families[0].captured, plan, Observer(), sites(model))
     return _families[key]
 
 
