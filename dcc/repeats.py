@@ -30,6 +30,7 @@ SMALLEST = 4  # modules of a block; copying less saves nothing
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
+_TENSOR = object()
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class First:
     key: str
     path: str
     spec: pytree.TreeSpec
-    constants: tuple[Any, ...]  # the leaves of what it returned, None for tensors
+    constants: tuple[Any, ...]  # the leaves of what it returned, _TENSOR for tensors
 
     def returned(self, tensors: Sequence[Tensor]) -> Any:
         """What another block of this kind returns."""
@@ -48,7 +49,6 @@ class First:
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-_TENSOR = object()
 _OUTPUTS: dict[str, list[tuple[Any, ...]]] = {}  # by key, while an export runs: size, stride, dtype, device
 _KEYS = itertools.count()
 
