@@ -27,7 +27,8 @@ DENOISERS = {
 def speed(data: dict[str, Any]) -> str:
     """Wall clock beside other libraries' caches at the same full steps."""
     machine, turns = data["machine"], sorted({len(case["rows"][0]["seconds"]) for case in data["cases"]})
-    median = f"median of {', '.join(map(str, turns[:-1]))} or {turns[-1]} turns" if turns[1:] else f"median of {turns[0]} turns"
+    last = f" or {turns[-1]}" if turns[1:] else ""
+    median = f"median of {', '.join(map(str, turns[: len(turns) - 1 or 1]))}{last} turns"
     names = list(dict.fromkeys(row["name"] for case in data["cases"] for row in [*case["rows"], *case["failed"]]))
     lines = [
         "Each contestant in a process of its own, in turns with `torch.compile` of the uncached denoiser, "
