@@ -32,7 +32,6 @@ import dcc
 from dcc.build import build
 from dcc.hoisted import moving_inputs
 from dcc.observe import Observer
-from dcc.passes.dataflow import Dataflow
 from dcc.passes.invariants import frontier, invariants, worth_hoisting
 
 STEPS = 10
@@ -179,7 +178,7 @@ def shares(net: dcc.CompiledDenoiser, depth: float) -> dict[str, Any]:
     "released" are those with `depth` times as many blocks: what stands outside of them then weighs less.
     """
     captured, sites = net.families[0].captured, dcc.sites(net)
-    graph_module, costs, flow = captured.graph_module, sites.costs, Dataflow(captured.graph_module)
+    graph_module, costs, flow = captured.graph_module, sites.costs, sites.flow
     moving, clock = moving_inputs(captured), captured.inputs[net.recording.time]
     used = flow.needed()
     fixed = invariants(graph_module, moving) & used

@@ -24,8 +24,7 @@ from dcc.errors import ProfileError
 from dcc.examine import examine
 from dcc.fingerprint import fingerprint, weights_hash
 from dcc.instrument import Instrumented, Run
-from dcc.passes.base import Port, Site
-from dcc.passes.dataflow import Dataflow
+from dcc.passes.base import Port
 from dcc.passes.timings import timings
 from dcc.pipeline import Samples, Target, call_parameters, check_prompts, installed, is_pipeline, make_target
 from dcc.profile import Profile, SiteCost, dtype_of, read_file, write_file
@@ -95,7 +94,7 @@ def measure(
         say(f"resuming behind prompt {state.done} of {len(prompts)}")
     else:
         say("timing the nodes of one call")
-        state.costs, state.seconds = measured_costs(captured, run, [sites[name] for name in net.site_names])
+        state.costs, state.seconds = measured_costs(run, sites, net.site_names)
 
     probes = probe_steps(len(run.levels), len(prompts))
     with installed(target, net):
@@ -237,15 +236,16 @@ def probe_steps(steps: int, prompts: int) -> list[int]:
     return [steps // 2]
 
 
-def measured_costs(captured: Captured, run: Recording, sites: Sequence[Site]) -> tuple[list[SiteCost], float]:
-    """What every site costs, in FLOPs, bytes and measured seconds of the recorded call; and that call's seconds."""
+def measured_costs(run: Recording, sites: Sites, names: Sequence[str]) -> tuple[list[SiteCost], float]:
+    """What each named site costs in FLOPs, bytes and measured seconds of the recorded call; and that call's seconds."""
+    captured, flow = sites.captured, sites.flow
     seconds = timings(captured.graph_module, captured.inputs_of(run.first))
-    flow = Dataflow(captured.graph_module)
 
-    def spent(names: Iterable[str]) -> float:
-        return sum(seconds.get(name, 0.0) for name in names)
+    def spent(nodes: Iterable[str]) -> float:
+        return sum(seconds.get(node, 0.0) for node in nodes)
 
-    costs = [SiteCost(s.name, s.kind, s.flops, s.bytes, spent(sorted(flow.spared(s.ports)))) for s in sites]
+    chosen = [sites[name] for name in names]
+    costs = [SiteCost(s.name, s.kind, s.flops, s.bytes, spent(sorted(flow.spared(s.ports)))) for s in chosen]
     return costs, spent(sorted(flow.needed()))
 
 

@@ -150,7 +150,7 @@ class Captured:
     fixed: frozenset[str] = frozenset()  # paths of the tensors that are the very same ones at every step
     guided: bool = False  # the batch is [unconditional; conditional] of the same samples (Recording.guided)
     halves: bool | None = None  # whether half of the batch alone gives its half of the output; None until asked
-    proven: set[Any] = field(default_factory=set)  # shapes at which it gave the eager module's outputs
+    proven: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)  # shapes at which it equals the module
     _symbols: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
@@ -269,8 +269,7 @@ def _place(module: nn.Module, call: Call) -> Path | None:
     if folder == "":
         return None
     own = [torch.__version__, *(Path(file).read_text() for file in (__file__, repeats.__file__))]
-    own += [code_hash(module), call.signature, call.spec]
-    own += [tuple(tensor.shape) for tensor in call.tensors]
+    own += [code_hash(module), call.signature, call.spec, *call.shapes]
     name = hashlib.sha256("\n".join(map(str, own)).encode()).hexdigest()[:32]
     beside = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
     return Path(folder or f"{beside}/dcc") / f"{name}.graph"
@@ -370,7 +369,7 @@ def _from_program(module: nn.Module, call: Call, program: torch.export.ExportedP
             weights[name] = _live(module, spec.target)
         else:
             constants[name] = program.constants[spec.target]
-    write_out(program.graph, module, {name: weight.get() for name, weight in weights.items()})
+    write_out(program.graph, module, {placeholders[name]: weight.get() for name, weight in weights.items()})
     inputs, symbols = {}, {}
     for path, name in zip(call.leaf_names, user_inputs, strict=True):
         node = placeholders[name]

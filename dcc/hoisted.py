@@ -61,7 +61,7 @@ class Prologue:
             return {}
         own = {captured.inputs[p]: t for p, t in zip(given.names, given.tensors, strict=True) if p in captured.inputs}
         marks = tuple(_mark(own.get(name, values[name])) for name in self.fixed)
-        shapes = tuple(tensor.shape for tensor in given.tensors)
+        shapes = given.shapes
         if shapes not in held or held[shapes].marks != marks:
             outputs = self.graph_module(*(values[name] for name in self.inputs))
             made_from = tuple(own[name] for name in self.fixed if name in own)

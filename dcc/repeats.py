@@ -25,6 +25,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from dcc.errors import CaptureError
+from dcc.passes.graph import layout
 
 SMALLEST = 4  # modules of a block; copying less saves nothing
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -61,7 +62,7 @@ def _boundary(key: str, path: str, tensors: list[Tensor]) -> list[Tensor]:
 
 @_boundary.register_fake
 def _(key: str, path: str, tensors: list[Tensor]) -> list[Tensor]:
-    return [_empty(*_layout(tensor)) for tensor in tensors]
+    return [_empty(*layout(tensor)) for tensor in tensors]
 
 
 @torch.library.custom_op("dcc::repeat", mutates_args=())
@@ -72,11 +73,7 @@ def _repeat(key: str, path: str, tensors: list[Tensor]) -> list[Tensor]:
 
 @_repeat.register_fake
 def _(key: str, path: str, tensors: list[Tensor]) -> list[Tensor]:
-    return [_empty(*layout) for layout in _OUTPUTS[key]]
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+    return [_empty(*facts) for facts in _OUTPUTS[key]]
 
 
 def _empty(size: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -141,7 +138,7 @@ def _kind(value: Any, seen: dict[int, int]) -> Any:
 
 def _described(tensor: Tensor) -> Any:
     """What the code that takes a tensor, also a fake one, may ask of it while it is traced."""
-    size, stride, dtype, device = _layout(tensor)
+    size, stride, dtype, device = layout(tensor)
     return type(tensor), str(size), str(stride), dtype, device
 
 
@@ -173,7 +170,7 @@ def _forward(original: Callable[..., Any], path: str, known: dict[Any, First], k
         first = First(key, path, spec, constants)
         outside = torch.ops.dcc.boundary(key, path, outputs)
         keys.append(key)
-        _OUTPUTS[key] = [_layout(tensor) for tensor in outside]
+        _OUTPUTS[key] = [layout(tensor) for tensor in outside]
         known[signature] = first
         return first.returned(outside)
 
@@ -187,17 +184,16 @@ def _constant(value: Any) -> Any:
     return str(value) if isinstance(value, SIZES) else id(value)
 
 
-def write_out(graph: Graph, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def write_out(graph: Graph, module: nn.Module, weights: Mapping[Node, Tensor]) -> None:
     """Replaces every repeat in the graph by the nodes of its traced block, and drops the boundaries.
 
     Args:
         graph: of an export within `one_of_each_kind(module)`.
-        weights: the module's parameters and buffers by the name of the graph input that stands for them.
+        weights: the module's parameters and buffers by the graph input that stands for them.
 
     Raises CaptureError, naming the block, where its weights are shared in another way than the traced one's.
     """
-    inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    node_of = {id(tensor): inputs[name] for name, tensor in weights.items()}
+    node_of = {id(tensor): node for node, tensor in weights.items()}
     boundaries: dict[str, list[Node]] = {}
     for node in list(graph.nodes):  # in order: what repeats inside a traced block is there when that one is copied
         if node.target is BOUNDARY:

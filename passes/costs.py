@@ -13,6 +13,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from dcc.passes.graph import layout
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -39,7 +41,7 @@ def costs(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[str, Cost]:
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, known: dict[Any, Tensor]) -> Tensor:
     """A fake tensor like this one; one for all weights that are alike."""
-    key = type(tensor), *_facts(tensor)
+    key = type(tensor), *layout(tensor)
     if key not in known:
         known[key] = mode.from_tensor(tensor)
     return known[key]
@@ -64,7 +66,7 @@ class _Meter(Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = (target, spec, *(_facts(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves))
+        key = (target, spec, *(layout(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves))
         if key not in self.known:
             before = self.counter.get_total_flops()
             value = super().call_function(target, args, kwargs)
@@ -78,7 +80,3 @@ class _Meter(Interpreter):
         size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
         self.costs[n.name] = Cost(flops, size, shape)
         return value
-
-
-def _facts(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -62,6 +62,11 @@ def shape(node: Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Sizes, strides, dtype and device: all that an operator may ask of a tensor but its values."""
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
 def symbols(size: Any) -> set[str]:
     """Names of the symbols that a size is made of; none for a fixed one."""
     return set() if isinstance(size, int) else {str(symbol) for symbol in size.node.expr.free_symbols}

@@ -28,7 +28,7 @@ from torch.fx.passes.tools_common import legalize_graph
 from torch.utils import _pytree as pytree
 
 from dcc.passes.blocks import is_inside, numbered_blocks
-from dcc.passes.graph import nodes_by_name
+from dcc.passes.graph import layout, nodes_by_name
 
 TWINS = 2  # of one structure, from which on they are outlined
 MIN_NODES = 8  # smaller blocks cost Inductor less than a call does
@@ -152,7 +152,7 @@ def _structure(region: Region) -> Any:
 def _kind(node: Node) -> Any:
     val = node.meta["val"]
     parts = val if isinstance(val, (tuple, list)) else (val,)
-    return tuple((tuple(v.shape), v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v for v in parts)
+    return tuple(layout(v) if isinstance(v, Tensor) else v for v in parts)
 
 
 def _body(region: Region) -> GraphModule:

@@ -18,14 +18,7 @@ from dcc.passes.graph import is_tensor, nodes_by_name, output_node
 def ancestors(graph_module: GraphModule, names: Iterable[str]) -> set[str]:
     """Names of the nodes that the named ones need, themselves included, graph inputs left out."""
     nodes = nodes_by_name(graph_module)
-    found: set[str] = set()
-    todo = [nodes[name] for name in names]
-    while todo:
-        node = todo.pop()
-        if node.name not in found and node.op != "placeholder":
-            found.add(node.name)
-            todo.extend(node.all_input_nodes)
-    return found
+    return {node.name for node in _needed([nodes[name] for name in names], set()) if node.op != "placeholder"}
 
 
 def prefix(graph_module: GraphModule, outputs: Sequence[str]) -> GraphModule:

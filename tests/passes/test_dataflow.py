@@ -68,11 +68,8 @@ def test_what_is_spared_is_what_is_not_needed(transformer):
     for _ in range(300):
         ports = {}
         for out in draw.sample(range(1, len(names)), k=draw.randint(1, 4)):
-            base = draw.choice([None, draw.randrange(out)])
-            above = (
-                base is not None and names[base] in flow.needed() and nx.has_path(flow.digraph, names[base], names[out])
-            )
-            ports[names[out]] = Port(names[out], names[base] if above else None)
+            above = sorted(nx.ancestors(flow.digraph, names[out]) & flow.needed())
+            ports[names[out]] = Port(names[out], draw.choice([None, *above]))
         spared = flow.spared(ports.values())
         assert spared == flow.needed() - flow.needed(ports.values())
         sizes.add(len(spared))
