@@ -13,8 +13,8 @@ from subjects import Changes, Contestant, Knob, Subject, budgets, count_knob, ev
 
 import dcc
 from dcc.compiler import cost
-from dcc.plan import Plan, make_plan
-from dcc.predictors import Predictor
+from dcc.plans.plan import Plan, make_plan
+from dcc.plans.predictors import Predictor
 
 PLANS = Path(__file__).parent / "results" / "plans"
 

@@ -111,17 +111,17 @@ def with_torch(blocks: int) -> dict[str, Any]:
 def cache(blocks: int) -> dict[str, Any]:
     """Cache bytes and tensors of a forecast of order 1: every branch, and every block's residual, joined or not."""
     import dcc
-    import dcc.build
+    import dcc.variants.build
 
     net, found = build(blocks), {}
     for site, joined in (("branches", True), ("blocks", False), ("blocks", True)):
         if not joined:
-            kept, dcc.build.coalesced = dcc.build.coalesced, lambda group, *_: tuple(group)
+            kept, dcc.variants.build.coalesced = dcc.variants.build.coalesced, lambda group, *_: tuple(group)
         compiled = dcc.compile(
             net, [0], sample=sample, policy="taylorseer", order=1, steps_mask=MASK, site=site, backend="eager"
         )
         if not joined:
-            dcc.build.coalesced = kept
+            dcc.variants.build.coalesced = kept
         (sites,) = compiled.families[0].selectors
         tensors = compiled.plan.anchors * sum(len(one.ports) for one in sites)
         found[site if joined else f"{site}, apart"] = {"bytes": compiled.plan.cache_bytes, "tensors": tensors}

@@ -29,10 +29,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import dcc
-from dcc.build import build
-from dcc.hoisted import moving_inputs
-from dcc.observe import Observer
 from dcc.passes.invariants import frontier, invariants, worth_hoisting
+from dcc.variants.build import build
+from dcc.variants.hoisted import moving_inputs
+from dcc.variants.observe import Observer
 
 STEPS = 10
 

@@ -16,8 +16,8 @@ import measure
 import torch
 
 import dcc
-from dcc.pipeline import PipelineTarget
 from dcc.quality import psnr
+from dcc.record.target import PipelineTarget
 
 FULL = 7  # computed steps of the plan
 OTHERS = (20, 40)

@@ -40,8 +40,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dcc
 from dcc.passes.costs import CPU_ATTENTION
-from dcc.pipeline import Samples
 from dcc.quality import psnr, ssim
+from dcc.record.target import Samples
 from dcc.text import error_line
 
 SEED = 1000  # of the first test prompt

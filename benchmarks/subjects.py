@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import dcc
-from dcc.pipeline import PipelineTarget
 from dcc.policies import make_policy
-from dcc.setting import plan_for, setting_of
+from dcc.policies.setting import plan_for, setting_of
+from dcc.record.target import PipelineTarget
 
 BUDGETS = (2.0, 3.0, 4.0, 5.0, 7.0)
 CALIBRATION = 8  # prompts on which policies measure what they need

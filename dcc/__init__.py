@@ -11,12 +11,12 @@ if _bare is not None and _bare.origin == str(Path(__file__).parent.parent / "ker
     sys.modules["kernels"] = None  # type: ignore[assignment]
 
 from dcc import demo, errors  # noqa: E402
-from dcc.calibrate import calibrate  # noqa: E402
 from dcc.compiler import compile, plan, restore, sites  # noqa: E402
-from dcc.evaluate import evaluate  # noqa: E402 - the function, in place of its module
-from dcc.plan import Plan  # noqa: E402
-from dcc.profile import Profile  # noqa: E402
-from dcc.runtime import CompiledDenoiser  # noqa: E402
+from dcc.measure.calibrate import calibrate  # noqa: E402
+from dcc.measure.profile import Profile  # noqa: E402
+from dcc.plans.plan import Plan  # noqa: E402
+from dcc.report.evaluate import evaluate  # noqa: E402 - the function, in place of its module
+from dcc.serve.denoiser import CompiledDenoiser  # noqa: E402
 
 __all__ = [
     "CompiledDenoiser",

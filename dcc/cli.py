@@ -24,9 +24,9 @@ from typer.core import TyperGroup
 
 import dcc
 from dcc.errors import DccError, DemoError, PipelineError, PolicyError, PromptError, SettingError
-from dcc.lower import check_backend
-from dcc.pipeline import load_pipeline
+from dcc.lower.program import check_backend
 from dcc.policies import DEFAULT_POLICY, POLICIES, Setting, make_policy, parameter_names
+from dcc.record.target import load_pipeline
 from dcc.text import count, decibels
 
 # About three times fewer denoiser FLOPs on both demo pipelines.
@@ -107,7 +107,7 @@ def show_policies(
     as_json: Annotated[bool, typer.Option("--json", help="Every fact, for programs.")] = False,
 ) -> None:
     """List the published methods that dcc runs, by class of the survey (arXiv 2510.19755), or show one."""
-    from dcc.tables import policies_table, policy_table
+    from dcc.report.tables import policies_table, policy_table
 
     if name is not None:
         parameter_names(name)  # refuses unknown names, listing the known ones
@@ -139,7 +139,7 @@ def evaluate(
 
     Without any, the policies of `dcc demo`.
     """
-    from dcc.evaluate import named  # refuses bad names before any work
+    from dcc.report.evaluate import named  # refuses bad names before any work
 
     policies = [parse_policy(text) for text in policy or []]
     if not policies and not plan:
@@ -196,7 +196,7 @@ def plan_show(
     steps: Annotated[bool, typer.Option("--steps", help="Also list what each step computes or forecasts.")] = False,
 ) -> None:
     """Print a plan readably."""
-    from dcc.tables import plan_table, steps_table
+    from dcc.report.tables import plan_table, steps_table
 
     plan = dcc.Plan.load(file)
     console = Console()
@@ -222,7 +222,7 @@ def plan_search(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:
     """Search the best plan for a budget, on prompts; it says what it reaches on prompts held back."""
-    from dcc.tables import plan_table
+    from dcc.report.tables import plan_table
 
     _writable(out, "OUT")
     call = dcc.demo.settings(pipeline) if pipeline in dcc.demo.names() else {}
@@ -263,8 +263,8 @@ def _demo(
     name: str, settings: dict[str, Any], caching: dict[str, Any], number: int, backend: str, out: Path, seed: int
 ) -> None:
     """Runs a pipeline uncached and cached in turn, then prints and draws what came out."""
-    from dcc.grid import save_grid
-    from dcc.tables import demo_table, plan_table
+    from dcc.report.grid import save_grid
+    from dcc.report.tables import demo_table, plan_table
 
     start = time.perf_counter()
     prompts = dcc.demo.prompts("test")[:number]

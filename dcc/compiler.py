@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcc import mapping
-from dcc.build import build, cost
-from dcc.capture import capture
+from dcc.capture.export import capture
+from dcc.discover.sites import Sites, find_sites
+from dcc.discover.subject import examine
 from dcc.errors import PlanError, PolicyError
-from dcc.examine import examine
-from dcc.fingerprint import fingerprint
-from dcc.lower import check_backend, start_inductor
-from dcc.observe import Observer
-from dcc.pipeline import (
+from dcc.lower.program import check_backend, start_inductor
+from dcc.measure.profile import Profile
+from dcc.plans import mapping
+from dcc.plans.plan import Plan
+from dcc.policies import POLICIES, make_policy, parameter_names
+from dcc.policies.setting import plan_for, setting_of
+from dcc.record.fingerprint import fingerprint
+from dcc.record.recorder import Recording
+from dcc.record.target import (
     Target,
     call_parameters,
     check_prompts,
@@ -26,15 +30,11 @@ from dcc.pipeline import (
     recording,
     restore_target,
 )
-from dcc.plan import Plan
-from dcc.planning import DEFAULT_EFFORT, Subject, budget_of, plan_within
-from dcc.policies import POLICIES, make_policy, parameter_names
-from dcc.profile import Profile
-from dcc.record import Recording
-from dcc.runtime import CompiledDenoiser
-from dcc.setting import plan_for, setting_of
-from dcc.sites import Sites, find_sites
-from dcc.triggered import denoiser_for
+from dcc.search.budget import DEFAULT_EFFORT, Subject, budget_of, plan_within
+from dcc.serve.denoiser import CompiledDenoiser
+from dcc.serve.triggered import denoiser_for
+from dcc.variants.build import build, cost
+from dcc.variants.observe import Observer
 
 
 def compile(

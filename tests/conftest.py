@@ -25,7 +25,9 @@ if not torch.cuda.is_available():
 
 os.environ["DCC_CACHE_DIR"] = ""  # every test captures its own graphs; those of the files on disk say otherwise
 
-from dcc.capture import Call, Captured, bind, capture  # noqa: E402
+from dcc.capture.captured import Captured  # noqa: E402
+from dcc.capture.export import capture  # noqa: E402
+from dcc.record.call import Call, bind  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import dcc
-from dcc.build import cost
-from dcc.pipeline import PipelineTarget
-from dcc.plan import Plan
+from dcc.discover.sites import Sites
+from dcc.plans.plan import Plan
 from dcc.policies import Setting, make_policy
+from dcc.policies.setting import plan_for, setting_of
 from dcc.quality import mean_psnr, psnr
-from dcc.setting import plan_for, setting_of
-from dcc.sites import Sites
+from dcc.record.target import PipelineTarget
+from dcc.variants.build import cost
 
 STEPS = 12
 PROMPTS = dcc.demo.prompts("test")[:2]

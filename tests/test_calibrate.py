@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import dcc
-from dcc.calibrate import gram_matrix, neighbours, probe_steps
 from dcc.errors import CaptureError, PipelineError, ProfileError, PromptError
-from dcc.profile import Profile, read_file, write_file
+from dcc.measure.calibrate import gram_matrix, neighbours, probe_steps
+from dcc.measure.profile import Profile, read_file, write_file
 
 from . import tiny
 

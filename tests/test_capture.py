@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from dcc.capture import bind, capture
+from dcc.capture.export import capture
 from dcc.errors import CaptureError
 from dcc.passes.verify import is_mutation, verify
+from dcc.record.call import bind
 
 NONE = frozenset()
 SHAPES = (2, 8), (1, 8), (2, 3, 8)

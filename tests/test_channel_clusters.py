@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dcc.channel_clusters import by_points, choose, descriptors, errors, k_means, next_step_errors
-from dcc.predictors import Predictor
+from dcc.plans.predictors import Predictor
+from dcc.policies.channel_clusters import by_points, choose, descriptors, errors, k_means, next_step_errors
 
 COPY, LINE, WIDE = Predictor("copy"), Predictor("taylor", 1), Predictor("foca", 2)
 STEPS = 12

@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 import dcc
 from dcc import cli
 from dcc.errors import PipelineError, PlanError, PolicyError
-from dcc.plan import make_plan
-from dcc.predictors import Predictor
+from dcc.plans.plan import make_plan
+from dcc.plans.predictors import Predictor
 
 
 def run(*arguments: str, **environment: str) -> Result:

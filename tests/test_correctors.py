@@ -7,16 +7,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dcc.build import build, cost
-from dcc.correctors import Factors, corrected, corrections, corrector_problem, low_rank, map_flops
+from dcc.discover.sites import Sites, find_sites
 from dcc.errors import PlanError, PolicyError
-from dcc.observe import Observer
 from dcc.passes.base import Correction
-from dcc.plan import Plan, make_plan
+from dcc.plans.plan import Plan, make_plan
+from dcc.plans.predictors import Predictor
 from dcc.policies import Setting, make_policy
-from dcc.predictors import Predictor
 from dcc.quality import mean_psnr, psnr
-from dcc.sites import Sites, find_sites
+from dcc.variants.build import build, cost
+from dcc.variants.correctors import Factors, corrected, corrections, corrector_problem, low_rank, map_flops
+from dcc.variants.observe import Observer
 
 from .demo_runs import demo_run
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import dcc
-from dcc import cuda_graphs
-from dcc.cuda_graphs import MAX_RECORDINGS, Graphed
 from dcc.errors import LoweringError
-from dcc.lower import GRAPHED, Program, check_backend
+from dcc.lower import cuda_graphs
+from dcc.lower.cuda_graphs import MAX_RECORDINGS, Graphed
+from dcc.lower.program import GRAPHED, Program, check_backend
 
 
 class Tape:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import dcc
 from dcc.errors import LoweringError, PipelineError, PolicyError, PromptError
-from dcc.evaluate import named
-from dcc.lower import lower
-from dcc.plan import Plan
-from dcc.runtime import CompiledDenoiser
+from dcc.lower.program import lower
+from dcc.plans.plan import Plan
+from dcc.report.evaluate import named
+from dcc.serve.denoiser import CompiledDenoiser
 
 from .conftest import Stack
 
@@ -149,7 +149,7 @@ def test_plans_of_the_same_variants_are_lowered_once(module: nn.Module, monkeypa
         lowered.append(variant.name)
         return lower(variant, *args)
 
-    monkeypatch.setattr("dcc.runtime.lower", counting)
+    monkeypatch.setattr("dcc.serve.denoiser.lower", counting)
     alone, together = {"a": ("interval", {"interval": 2})}, {"b": ("interval", {"interval": 3})}
     kwargs = {"sample": loop, "backend": "eager"}
     expected = dcc.evaluate(module, together, [1.0], **kwargs)["b"].psnr
@@ -207,7 +207,7 @@ def test_a_pipeline_that_fails_gets_its_denoiser_back(pipe: Any, monkeypatch: py
     def fail(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dcc.pipeline.PipelineTarget.generate", fail)
+    monkeypatch.setattr("dcc.record.target.PipelineTarget.generate", fail)
     with pytest.raises(KeyboardInterrupt):
         dcc.evaluate(pipe, ["interval"], ["a red circle"], backend="eager", **call(2))
     assert pipe.transformer is original

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import dcc
-from dcc.capture import _CAPTURES, capture
-from dcc.sites import find_sites
+from dcc.capture.export import _CAPTURES, capture
+from dcc.discover.sites import find_sites
 
 from .denoisers import CASES, Case
 

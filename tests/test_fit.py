@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcc.fit import Fit, FitOptions, OutputRunner, find_sampler
-from dcc.predictors import newton
-from dcc.trace import COORDINATES, Layout, Trace, Tracer, coordinates
+from dcc.plans.predictors import newton
+from dcc.search.fit import Fit, FitOptions, OutputRunner, find_sampler
+from dcc.search.trace import COORDINATES, Layout, Trace, Tracer, coordinates
 
 from . import tiny
 

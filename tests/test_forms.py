@@ -5,16 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-from dcc import mapping, page, tables
 from dcc.errors import PlanError
-from dcc.fingerprint import fingerprint
-from dcc.forms import flat, form_of, predictors_of, rows_of, split
 from dcc.kernels.band_split import low_pass
 from dcc.passes.base import Port, Site
 from dcc.passes.forms import Bands, Clusters
-from dcc.plan import Plan, make_plan
-from dcc.predictors import Predictor
-from dcc.triggers import Verify
+from dcc.plans import mapping
+from dcc.plans.forms import flat, form_of, predictors_of, rows_of, split
+from dcc.plans.plan import Plan, make_plan
+from dcc.plans.predictors import Predictor
+from dcc.plans.triggers import Verify
+from dcc.record.fingerprint import fingerprint
+from dcc.report import page, tables
 
 from . import tiny
 

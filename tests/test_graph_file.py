@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.fx import Graph
 
-from dcc.capture import _CAPTURES, STORED, bind, capture
+from dcc.capture.export import _CAPTURES, capture
+from dcc.capture.graph_file import _Reader, read_graph, write_graph
+from dcc.capture.store import STORED
 from dcc.errors import CaptureError
-from dcc.graph_file import _Reader, read_graph, write_graph
+from dcc.record.call import bind
 
 
 class Pooled(nn.Module):

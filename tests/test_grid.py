@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from dcc.grid import COLUMNS, GAP, LABEL, LARGEST, PANEL, save_grid
+from dcc.report.grid import COLUMNS, GAP, LABEL, LARGEST, PANEL, save_grid
 
 CAPTION = "a small green circle left of a large orange triangle on a white background"
 

@@ -10,7 +10,7 @@ import torch
 
 import dcc
 from dcc import errors
-from dcc.guard import SLACK, anchor_error, extra_step, limits
+from dcc.serve.guard import SLACK, anchor_error, extra_step, limits
 
 from . import tiny
 

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 import dcc
-from dcc.build import build, cost
-from dcc.capture import bind, capture
+from dcc.capture.export import capture
+from dcc.discover.sites import find_sites
 from dcc.errors import PlanError, SiteError
-from dcc.guidance import check_call, check_halves, check_plan
-from dcc.instrument import floating
-from dcc.observe import Observer
+from dcc.measure.instrument import floating
 from dcc.passes.base import GUIDANCE
-from dcc.plan import make_plan
-from dcc.predictors import Predictor
-from dcc.record import Recorder
-from dcc.sites import find_sites
+from dcc.plans.plan import make_plan
+from dcc.plans.predictors import Predictor
+from dcc.record.call import bind
+from dcc.record.recorder import Recorder
+from dcc.variants.build import build, cost
+from dcc.variants.guidance import check_call, check_halves, check_plan
+from dcc.variants.observe import Observer
 
 from .demo_runs import STEPS, demo_run
 

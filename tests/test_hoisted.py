@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcc
-from dcc.build import build
-from dcc.hoisted import prologue
-from dcc.observe import Observer
 from dcc.text import human_bytes
+from dcc.variants.build import build
+from dcc.variants.hoisted import prologue
+from dcc.variants.observe import Observer
 
 STEPS = 4
 CHANNELS = 32

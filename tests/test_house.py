@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dcc.errors import PassError
-from dcc.observe import check_order
 from dcc.passes import PASSES
+from dcc.variants.observe import check_order
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -12,8 +12,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import dcc
-from dcc.capture import bind, capture
-from dcc.lower import Variant, lower, start_inductor
+from dcc.capture.export import capture
+from dcc.lower.program import Variant, lower, start_inductor
+from dcc.record.call import bind
 
 from .denoisers import CASES
 
@@ -64,7 +65,7 @@ def test_inductor_starts_beside_other_work() -> None:
 def test_the_eager_backend_does_not_start_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     monkeypatch.setattr("dcc.compiler.start_inductor", lambda: started.append(1))
-    monkeypatch.setattr("dcc.lower._inductor", lambda graph_module, *_: graph_module)
+    monkeypatch.setattr("dcc.lower.program._inductor", lambda graph_module, *_: graph_module)
     for backend in ("eager", "inductor"):
         dcc.compile(FLUX.build(), [0], sample=sample, policy="interval", interval=2, backend=backend)
         assert len(started) == (backend == "inductor")
@@ -173,7 +174,7 @@ def test_a_failing_lowering_falls_back_and_says_so(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_wrong_outlining_is_lowered_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dcc.lower.outline_blocks", lambda graph_module: (1, 2))
+    monkeypatch.setattr("dcc.lower.program.outline_blocks", lambda graph_module: (1, 2))
     answers = iter([1.01, 1.0])
     factors = []
 

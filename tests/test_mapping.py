@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcc import mapping
-from dcc.plan import Plan, make_plan
-from dcc.predictors import Predictor
+from dcc.plans import mapping
+from dcc.plans.plan import Plan, make_plan
+from dcc.plans.predictors import Predictor
 
 LEVELS = (1000, 930, 850, 700, 610, 500, 420, 300, 220, 100)
 MASK = (1, 1, 0, 1, 0, 0, 0, 1, 0, 0)

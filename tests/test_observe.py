@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dcc.errors import OptionError, PassError
-from dcc.observe import Observer, Options, check_order
 from dcc.passes import PASSES
 from dcc.passes.base import Pass, Port, Row, Site
 from dcc.passes.graph import nodes_by_name, output_node
 from dcc.passes.text import text
+from dcc.variants.observe import Observer, Options, check_order
 
 NAMES = [pass_.name for pass_ in PASSES]
 ROW = Row(forecast=((Site("stack", "residual", (Port("add_1", "x"),)),),), anchors=1)

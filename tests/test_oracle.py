@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dcc.errors import PassError
-from dcc.plan import Plan
-from dcc.predictors import Predictor
+from dcc.plans.plan import Plan
+from dcc.plans.predictors import Predictor
 
 from . import tiny
 from .oracle import GROUPS, SITES, Cached, History, Oracle, taps

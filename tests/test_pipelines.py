@@ -298,7 +298,11 @@ def test_an_interrupted_compile_leaves_the_pipeline_usable(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    for place in ("dcc.record.Recorder.forward", "dcc.examine.find_sites", "dcc.runtime.CompiledDenoiser.warm"):
+    for place in (
+        "dcc.record.recorder.Recorder.forward",
+        "dcc.discover.subject.find_sites",
+        "dcc.serve.denoiser.CompiledDenoiser.warm",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupt)
             with pytest.raises(KeyboardInterrupt):

@@ -8,9 +8,9 @@ import os
 import pytest
 
 from dcc.errors import PlanError
-from dcc.plan import Plan, make_plan, with_costs
+from dcc.plans.plan import Plan, make_plan, with_costs
+from dcc.plans.predictors import Predictor
 from dcc.policies import Setting, make_policy
-from dcc.predictors import Predictor
 
 TAYLOR = Predictor("taylor", 1)
 LEVELS = (900.0, 700.5, 500.0, 300.0, 100.0)

@@ -9,8 +9,8 @@ import torch
 
 import dcc
 from dcc import errors
-from dcc.evaluate import evaluate
 from dcc.quality import psnr
+from dcc.report.evaluate import evaluate
 
 from . import tiny
 

@@ -3,8 +3,8 @@
 import pytest
 
 from dcc.errors import PolicyError
+from dcc.plans.predictors import Predictor
 from dcc.policies import Setting, make_policy, parameter_names
-from dcc.predictors import Predictor
 
 
 def mask(text):

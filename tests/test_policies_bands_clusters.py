@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from dcc.discover.sites import find_sites
 from dcc.errors import PlanError, PolicyError
-from dcc.forms import form_of
+from dcc.plans.forms import form_of
+from dcc.plans.predictors import Predictor
 from dcc.policies import Setting, make_policy
 from dcc.policies.hybrid import SOLVERS
-from dcc.predictors import Predictor
-from dcc.sites import find_sites
 
 from . import tiny
 from .demo_runs import demo_run

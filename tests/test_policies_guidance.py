@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from dcc.build import cost
 from dcc.errors import PolicyError, SiteError
-from dcc.guidance import weighed_bands
 from dcc.kernels.band_split import low_pass
+from dcc.plans.predictors import Predictor
 from dcc.policies import Cached, Policy, make_policy
-from dcc.predictors import Predictor
-from dcc.setting import plan_for
+from dcc.policies.setting import plan_for
+from dcc.variants.build import cost
+from dcc.variants.guidance import weighed_bands
 
 from .demo_runs import STEPS, demo_run
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import dcc
-from dcc.build import cost
+from dcc.discover.sites import Sites, find_sites
 from dcc.errors import PlanError, PolicyError
-from dcc.plan import make_plan
+from dcc.plans.plan import make_plan
+from dcc.plans.predictors import Predictor
 from dcc.policies import Setting, make_policy
 from dcc.policies.hybrid import toca_interval, toca_mask
-from dcc.predictors import Predictor
-from dcc.sites import Sites, find_sites
+from dcc.variants.build import cost
 
 STEPS = 12
 PROMPT = dcc.demo.prompts("test")[0]

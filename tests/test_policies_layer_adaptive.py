@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dcc.discover.sites import Sites, find_sites
 from dcc.errors import PolicyError, ProfileError
 from dcc.policies import Setting, make_policy
 from dcc.policies.layer_adaptive import placed
-from dcc.sites import Sites, find_sites
 
 from .demo_runs import STEPS, demo_run
 from .test_profile import synthetic

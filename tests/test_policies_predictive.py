@@ -6,9 +6,9 @@ from diffusers import TaylorSeerCacheConfig
 
 import dcc
 from dcc.errors import PolicyError
-from dcc.plan import make_plan
+from dcc.plans.plan import make_plan
+from dcc.plans.predictors import Predictor, Switched
 from dcc.policies import POLICIES, Setting, make_policy
-from dcc.predictors import Predictor, Switched
 
 from .demo_runs import PROMPTS, SEEDS, STEPS, demo_run
 
@@ -187,7 +187,7 @@ def test_taylorseer_draws_what_the_hook_of_diffusers_draws(site, interval, order
             **PLACES[site],
         )
     )
-    theirs = dcc.pipeline.PipelineTarget(pipe, run.call).generate(PROMPTS, SEEDS).images
+    theirs = dcc.record.target.PipelineTarget(pipe, run.call).generate(PROMPTS, SEEDS).images
 
     mask = [int(s < first or (s - first - 1) % interval == 0) for s in range(STEPS)]
     assert computed == [s for s in range(STEPS) if mask[s]]

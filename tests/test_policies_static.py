@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from dcc.discover.sites import Sites, find_sites
 from dcc.errors import PolicyError, SiteError
 from dcc.policies import Setting, make_policy
 from dcc.policies.static import around
-from dcc.sites import Sites, find_sites
 
 from .demo_runs import STEPS, demo_run
 from .test_profile import synthetic

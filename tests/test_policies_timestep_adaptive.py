@@ -17,10 +17,10 @@ from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, MagCacheHeadHook, MagCach
 
 import dcc
 from dcc.errors import PolicyError
-from dcc.pipeline import PipelineTarget
+from dcc.plans.predictors import Predictor
 from dcc.policies import POLICIES, Setting, make_policy
 from dcc.policies.base import gram_of
-from dcc.predictors import Predictor
+from dcc.record.target import PipelineTarget
 
 from .demo_runs import CALIBRATION, PROMPTS, SEEDS, STEPS, demo_run
 

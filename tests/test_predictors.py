@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcc.errors import PolicyError
-from dcc.predictors import MAX_ORDER, ORDERS, RULES, Predictor, Switched, Table
+from dcc.plans.predictors import MAX_ORDER, ORDERS, RULES, Predictor, Switched, Table
 
 ROOT_HALF = math.sqrt(0.5)  # the scale at which Hermite's basis of order 1 is Taylor's
 ORDERED = [

@@ -12,9 +12,9 @@ from torch import nn
 
 import dcc
 from dcc.errors import ProfileError
-from dcc.fingerprint import fingerprint, weights_hash
-from dcc.predictors import Predictor
-from dcc.profile import Profile, SiteCost
+from dcc.measure.profile import Profile, SiteCost
+from dcc.plans.predictors import Predictor
+from dcc.record.fingerprint import fingerprint, weights_hash
 
 STEPS = 6
 
@@ -164,7 +164,7 @@ BRANCHES = [("", ""), ("", "/attn"), ("", "/mlp")]
 
 def rewritten(path, header=None, tensors=None, **metadata):
     """The file at `path` with other contents and a checksum that fits them, unless that is given."""
-    from dcc.profile import _checksum
+    from dcc.measure.profile import _checksum
 
     with safe_open(str(path), framework="pt") as file:
         own = dict(file.metadata())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcc.proposals import propose
+from dcc.search.proposals import propose
 
 
 class Made:

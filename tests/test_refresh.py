@@ -4,15 +4,15 @@ import dataclasses
 
 import pytest
 
-from dcc.build import build, cost
+from dcc.discover.sites import find_sites
 from dcc.errors import PlanError
-from dcc.observe import Observer
 from dcc.passes.graph import nodes_by_name
-from dcc.plan import Plan, make_plan
-from dcc.predictors import Predictor
-from dcc.refresh import form_problem, holds_output_tokens, refreshes, region_of
-from dcc.sites import find_sites
-from dcc.triggers import Verify
+from dcc.plans.plan import Plan, make_plan
+from dcc.plans.predictors import Predictor
+from dcc.plans.triggers import Verify
+from dcc.variants.build import build, cost
+from dcc.variants.observe import Observer
+from dcc.variants.refresh import form_problem, holds_output_tokens, refreshes, region_of
 
 COPY = Predictor("copy")
 NORM = {"select": "norm", "ratio": 0.5, "sign": 1, "age": 0.1}

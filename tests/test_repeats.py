@@ -10,11 +10,12 @@ from torch import nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-import dcc.capture
-from dcc.capture import bind, capture
+import dcc.capture.export
+from dcc.capture.export import capture
+from dcc.capture.repeats import REPEAT, one_of_each_kind, write_out
 from dcc.passes.blocks import paths
 from dcc.passes.graph import carries_tensors
-from dcc.repeats import REPEAT, one_of_each_kind, write_out
+from dcc.record.call import bind
 
 from .denoisers import CASES
 
@@ -55,7 +56,7 @@ def repeats(monkeypatch, tmp_path):
         found.extend(node.args[1] for node in graph.nodes if node.target is REPEAT)
         write_out(graph, module, weights)
 
-    monkeypatch.setattr(dcc.capture, "write_out", spy)
+    monkeypatch.setattr(dcc.capture.export, "write_out", spy)
     monkeypatch.setenv("DCC_CACHE_DIR", "")
     return found
 
@@ -98,10 +99,10 @@ def test_the_graph_is_that_of_a_whole_trace(name, repeats, monkeypatch):
         warnings.filterwarnings("ignore", message=case.warns)
     net = case.build()
     call = bind(net, (), case.inputs(batch=2), NONE)
-    short = dcc.capture._first_that_exports(net, call, [call])
+    short = dcc.capture.export._first_that_exports(net, call, [call])
     assert repeats and short.problem is None
-    monkeypatch.setattr(dcc.capture, "one_of_each_kind", lambda module: nullcontext(False))
-    whole = dcc.capture._first_that_exports(net, call, [call])
+    monkeypatch.setattr(dcc.capture.export, "one_of_each_kind", lambda module: nullcontext(False))
+    whole = dcc.capture.export._first_that_exports(net, call, [call])
     assert described(short) == described(whole)
     assert short.weights.keys() == whole.weights.keys() and short._symbols == whole._symbols
 

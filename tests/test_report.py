@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcc.plan import Plan, make_plan, with_costs
-from dcc.predictors import Predictor
-from dcc.report import Report, Row
-from dcc.scatter import Point, scatter
+from dcc.plans.plan import Plan, make_plan, with_costs
+from dcc.plans.predictors import Predictor
+from dcc.report.report import Report, Row
+from dcc.report.scatter import Point, scatter
 from dcc.text import render
 
 PROMPTS = ["a red circle", "a <b>bold</b> square", "a green cross", "two stars"]

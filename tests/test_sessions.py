@@ -19,8 +19,8 @@ from torch import Tensor
 
 import dcc
 from dcc.errors import PositionError
-from dcc.predictors import Predictor
-from dcc.session import MAX_STREAMS
+from dcc.plans.predictors import Predictor
+from dcc.serve.session import MAX_STREAMS
 
 from . import tiny
 

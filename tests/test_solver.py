@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcc.closed_loop import Candidate, Outcome
 from dcc.errors import BudgetError, PromptError
-from dcc.fit import FitOptions
-from dcc.pipeline import Samples
-from dcc.plan import make_plan
-from dcc.predictors import Predictor
-from dcc.solver import EFFORTS, Goal, Problem, Search, reached, solve, split, start_masks
+from dcc.plans.plan import make_plan
+from dcc.plans.predictors import Predictor
+from dcc.record.target import Samples
+from dcc.search.closed_loop import Candidate, Outcome
+from dcc.search.fit import FitOptions
+from dcc.search.solver import EFFORTS, Goal, Problem, Search, reached, solve, split, start_masks
 
 STEPS = 20
 BEST = (0, 2, 7, 8, 15)  # anchors of the made-up optimum

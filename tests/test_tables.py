@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from dcc.plan import Plan, make_plan, with_costs
+from dcc.plans.plan import Plan, make_plan, with_costs
+from dcc.plans.predictors import Predictor
 from dcc.policies import POLICIES
-from dcc.predictors import Predictor
-from dcc.report import Report, Row
-from dcc.tables import demo_table, plan_table, policies_table, policy_table, steps_table
+from dcc.report.report import Report, Row
+from dcc.report.tables import demo_table, plan_table, policies_table, policy_table, steps_table
 from dcc.text import count, decibels, human_seconds, render
 
 

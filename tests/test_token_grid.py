@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dcc.token_grid import _of_positions, token_grid
+from dcc.discover.token_grid import _of_positions, token_grid
 
 from . import tiny
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import dcc
 from dcc.errors import PlanError, PolicyError
-from dcc.plan import Plan, make_plan
+from dcc.plans.plan import Plan, make_plan
+from dcc.plans.triggers import Accumulate
 from dcc.policies import Setting, make_policy
-from dcc.setting import plan_for
-from dcc.triggers import Accumulate
+from dcc.policies.setting import plan_for
 
 from . import tiny
 
@@ -164,7 +164,7 @@ def test_a_dicache_forecast_is_the_published_formula() -> None:
 
 
 def _call(net: dcc.CompiledDenoiser, kwargs: dict[str, Any]) -> Any:
-    from dcc.capture import bind
+    from dcc.record.call import bind
 
     return bind(net.original, (), kwargs, net.recording.as_tensors)
 
@@ -224,7 +224,7 @@ def test_a_trigger_may_not_look_behind_what_it_caches() -> None:
 
 def test_what_is_only_looked_at_cannot_be_cached() -> None:
     with pytest.raises(PlanError, match="'latent' can be looked at by a trigger, not cached"):
-        from dcc.build import cost
+        from dcc.variants.build import cost
 
         base = tiny.base(MODEL)
         cost(tiny.plan(MODEL, ["latent"], [[1 - s % 2] for s in range(tiny.STEPS)]), tiny.sites(MODEL))

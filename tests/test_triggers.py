@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from dcc.errors import PolicyError
-from dcc.triggers import (
+from dcc.plans.triggers import (
     IDLE,
     Accumulate,
     AlignedProbe,

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import dcc
 from dcc.compiler import build
-from dcc.fingerprint import fingerprint
-from dcc.observe import Observer
-from dcc.plan import Plan, make_plan
-from dcc.predictors import Predictor
-from dcc.runtime import Family
+from dcc.plans.plan import Plan, make_plan
+from dcc.plans.predictors import Predictor
+from dcc.record.fingerprint import fingerprint
+from dcc.serve.denoiser import Family
+from dcc.variants.observe import Observer
 
 from .denoisers import CASES, Case
 

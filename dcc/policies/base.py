@@ -20,14 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dcc.errors import PolicyError, SettingError, SiteError
-from dcc.predictors import Predictor, Switched, Table
+from dcc.plans.predictors import Predictor, Switched, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dcc.profile import Profile
-    from dcc.sites import Sites
-    from dcc.triggers import Trigger
+    from dcc.discover.sites import Sites
+    from dcc.measure.profile import Profile
+    from dcc.plans.triggers import Trigger
 
 DEFAULT_SITE = "auto"  # the residual of all blocks where there is one, else the U-Net cut, else the raw output
 COPY = Predictor("copy")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dcc import channel_clusters
 from dcc.errors import PolicyError
-from dcc.guidance import weighed_bands
+from dcc.plans.predictors import Predictor
+from dcc.plans.triggers import Coarsest, Verify
+from dcc.policies import channel_clusters
 from dcc.policies.base import (
     COPY,
     DEFAULT_SITE,
@@ -25,9 +26,8 @@ from dcc.policies.base import (
     method,
     whole,
 )
-from dcc.predictors import Predictor
-from dcc.refresh import holds_output_tokens
-from dcc.triggers import Coarsest, Verify
+from dcc.variants.guidance import weighed_bands
+from dcc.variants.refresh import holds_output_tokens
 
 if TYPE_CHECKING:
     from dcc.passes.base import Site

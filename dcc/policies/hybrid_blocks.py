@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from dcc.errors import PolicyError
+from dcc.plans.predictors import Predictor
 from dcc.policies.base import Cached, Policy, Setting, between, changes, every, method, whole
-from dcc.predictors import Predictor
 
 
 @method(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from dcc.errors import PolicyError
+from dcc.plans.predictors import Predictor
+from dcc.plans.triggers import Anchored, Codebook, Layerwise
 from dcc.policies.base import (
     DEFAULT_SITE,
     Cached,
@@ -23,8 +25,6 @@ from dcc.policies.base import (
     similarity,
     whole,
 )
-from dcc.predictors import Predictor
-from dcc.triggers import Anchored, Codebook, Layerwise
 
 
 @method(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from dcc.discover.token_grid import token_grid
 from dcc.errors import PolicyError
+from dcc.plans.predictors import MAX_ORDER, Predictor, Switched
 from dcc.policies.base import (
     COPY,
     DEFAULT_SITE,
@@ -19,8 +21,6 @@ from dcc.policies.base import (
     method,
     whole,
 )
-from dcc.predictors import MAX_ORDER, Predictor, Switched
-from dcc.token_grid import token_grid
 
 
 @method(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dcc.errors import PolicyError
+from dcc.plans.predictors import Predictor
 from dcc.policies.base import (
     DEFAULT_SITE,
     Cached,
@@ -23,7 +24,6 @@ from dcc.policies.base import (
     method,
     whole,
 )
-from dcc.predictors import Predictor
 
 
 @method(

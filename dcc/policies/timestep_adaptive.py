@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dcc.errors import PolicyError
+from dcc.plans.predictors import Predictor, Table
+from dcc.plans.triggers import Accumulate, AlignedProbe, Anchored, TransformRate
 from dcc.policies.base import (
     DEFAULT_SITE,
     Cached,
@@ -21,8 +23,6 @@ from dcc.policies.base import (
     method,
     whole,
 )
-from dcc.predictors import Predictor, Table
-from dcc.triggers import Accumulate, AlignedProbe, Anchored, TransformRate
 
 
 @method(

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from dcc.capture import bind, capture
+from dcc.capture.export import capture
 from dcc.passes.blocks import entering, is_inside, leaving, numbered_blocks, outermost_blocks, paths, region
 from dcc.passes.costs import costs
 from dcc.passes.graph import nodes_by_name
+from dcc.record.call import bind
 
 
 def blocks_of(captured, call):

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dcc.capture import bind, capture
+from dcc.capture.export import capture
 from dcc.passes.costs import Cost, costs
+from dcc.record.call import bind
 
 aten = torch.ops.aten
 

@@ -3,12 +3,13 @@
 import torch
 from torch import nn
 
-from dcc.capture import bind, capture
+from dcc.capture.export import capture
 from dcc.passes import PASSES
 from dcc.passes.base import Row
 from dcc.passes.drop_asserts import ASSERTIONS, DropAsserts, is_assertion
 from dcc.passes.text import text
 from dcc.passes.verify import verify
+from dcc.record.call import bind
 
 aten = torch.ops.aten
 

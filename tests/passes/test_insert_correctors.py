@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from dcc.errors import PassError
-from dcc.observe import Observer
 from dcc.passes.base import Correction, Port, Row, Site
 from dcc.passes.insert_cache_reads import InsertCacheReads
 from dcc.passes.insert_cache_writes import InsertCacheWrites
 from dcc.passes.insert_correctors import InsertCorrectors
 from dcc.passes.text import text
+from dcc.variants.observe import Observer
 
 aten = torch.ops.aten
 LOW_RANK = Correction("h", 0, "x", ((2, 6), (4, 2)), weight="w")

@@ -2,9 +2,10 @@
 
 import torch
 
-from dcc.capture import bind, capture
+from dcc.capture.export import capture
 from dcc.passes.costs import costs
 from dcc.passes.invariants import MIN_BYTES, frontier, invariants, is_alias, is_pure, worth_hoisting
+from dcc.record.call import bind
 
 aten = torch.ops.aten
 WIDE = torch.randn(2, 6, 64)

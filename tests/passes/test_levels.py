@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dcc.capture import bind, capture
+from dcc.capture.export import capture
+from dcc.discover.sites import find_sites
 from dcc.passes.base import Port
 from dcc.passes.costs import costs
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import nodes_by_name
 from dcc.passes.levels import level_cut, levels, skip_pairs
-from dcc.sites import find_sites
+from dcc.record.call import bind
 
 
 def convolution(inputs, outputs, stride=1):

@@ -6,11 +6,12 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from dcc.capture import bind, capture
-from dcc.lower import Variant, lower
+from dcc.capture.export import capture
+from dcc.lower.program import Variant, lower
 from dcc.passes.graph import insert_call, nodes_by_name, output_node
 from dcc.passes.outline_blocks import outline_blocks, twins
 from dcc.passes.specialize import specialize
+from dcc.record.call import bind
 
 aten = torch.ops.aten
 

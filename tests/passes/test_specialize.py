@@ -4,9 +4,10 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from dcc.capture import bind, capture
+from dcc.capture.export import capture
 from dcc.passes.specialize import specialize
 from dcc.passes.text import text
+from dcc.record.call import bind
 
 
 class Folded(torch.nn.Module):

@@ -5,9 +5,10 @@ import re
 import torch
 from torch import nn
 
-from dcc.capture import bind, capture
+from dcc.capture.export import capture
 from dcc.passes.graph import output_node
 from dcc.passes.text import digest, text
+from dcc.record.call import bind
 
 aten = torch.ops.aten
 

@@ -1,0 +1,1 @@
+"""The denoiser as one functional graph, from torch.export or from disk."""

@@ -1,0 +1,147 @@
+"""A captured denoiser: one functional ATen graph whose weights are inputs, which serves every call that fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from dcc.errors import CaptureError
+from dcc.passes.graph import output_node, shape, sizes, symbols
+from dcc.record.call import Call
+
+
+@dataclass
+class Weight:
+    """A parameter or buffer, read from the live module at every call so that weight swaps and casts take effect."""
+
+    owner: dict[str, Tensor | None]
+    key: str
+    path: str  # in the module
+
+    def get(self) -> Tensor:
+        value = self.owner[self.key]
+        if value is None:
+            raise CaptureError(f"weight {self.key!r} was there at capture and is None now; compile again")
+        return value
+
+
+@dataclass
+class Captured:
+    """A denoiser as one graph. Graph inputs: weights, then the call's tensors; outputs: a flat tuple.
+
+    `problem` is why the module could not be exported; the graph is then one call of the eager module. `origin` says
+    where it comes from.
+    """
+
+    graph_module: GraphModule
+    call: Call
+    weights: dict[str, Weight]
+    constants: dict[str, Tensor]
+    inputs: dict[str, str]  # call path -> placeholder name
+    out_spec: pytree.TreeSpec
+    problem: str | None = None
+    origin: str = "exported"
+    varying: frozenset[str] = frozenset()  # paths of the tensors that change from step to step
+    fixed: frozenset[str] = frozenset()  # paths of the tensors that are the very same ones at every step
+    guided: bool = False  # the batch is [unconditional; conditional] of the same samples (Recording.guided)
+    halves: bool | None = None  # whether half of the batch alone gives its half of the output; None until asked
+    proven: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)  # shapes at which it equals the module
+    _symbols: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> str:
+        """The symbol of the batch's size, or its fixed size as text."""
+        return str(output_node(self.graph_module).args[0][0].meta["val"].shape[0])
+
+    def learn(self, varying: Iterable[str], fixed: Iterable[str], guided: bool) -> None:
+        """Notes what a recorded run showed (Recording): inputs that move, those that are kept, and guidance."""
+        self.varying, self.fixed, self.guided = frozenset(varying), frozenset(fixed), guided
+
+    def carries_batch(self, node: Node) -> bool:
+        """Whether a value of the graph has the samples of the batch as its first dimension."""
+        first, output = shape(node)[:1], output_node(self.graph_module).args[0][0]
+        return bool(first) and self.batch in symbols(first[0]) and sizes(node)[0] == sizes(output)[0]
+
+    def part(self, call: Call, rows: slice | Tensor) -> Call:
+        """The call of some samples of the batch: these rows of every tensor that has the batch first."""
+        names = {path: self._symbols.get(path, []) for path in call.names}
+        own = [bool(sizes) and str(sizes[0]) == self.batch for sizes in names.values()]
+        return replace(call, tensors=tuple(t[rows] if o else t for t, o in zip(call.tensors, own, strict=True)))
+
+    def accepts(self, call: Call) -> bool:
+        """Whether the graph serves this call: same signature, fixed sizes equal, symbolic sizes consistent."""
+        if call.signature != self.call.signature:
+            return False
+        if self.problem:
+            return True
+        bound: dict[str, int] = {}
+        for name, tensor in zip(call.names, call.tensors, strict=True):
+            expected = self._symbols.get(name)
+            if expected is None:
+                continue
+            for symbol, size in zip(expected, tensor.shape, strict=True):
+                if isinstance(symbol, int):
+                    if symbol != size:
+                        return False
+                elif bound.setdefault(symbol, int(size)) != size:
+                    return False
+        return True
+
+    def bindings(self, call: Call) -> dict[str, Tensor]:
+        """Every graph input of this call by placeholder name."""
+        values = {name: weight.get() for name, weight in self.weights.items()}
+        values.update(self.constants)
+        for path, tensor in zip(call.names, call.tensors, strict=True):
+            if path in self.inputs:
+                values[self.inputs[path]] = tensor
+        return values
+
+    def agrees(self, module: nn.Module, call: Call, exactly: bool = False) -> bool:
+        """Whether the graph gives the eager module's outputs for this call, to float rounding or bit for bit.
+
+        To float rounding is asked once for each shape.
+        """
+        if self.problem or (not exactly and call.shapes in self.proven):
+            return True
+        with torch.no_grad():
+            expected = pytree.tree_leaves(module(**call.arguments()))
+            try:
+                actual = self.graph_module(*self.inputs_of(call))
+            except (RuntimeError, AssertionError, IndexError, ValueError, KeyError, CaptureError):
+                return False  # sizes folded at capture do not fit this call, or weights are gone
+        rtol, atol = (0.0, 0.0) if exactly else (1e-3, 1e-4)
+        equal = len(actual) == len(expected) and all(
+            a.shape == e.shape and a.dtype == e.dtype and torch.allclose(a, e, rtol=rtol, atol=atol, equal_nan=True)
+            for a, e in zip(actual, expected, strict=True)
+        )
+        if equal:
+            self.proven.add(call.shapes)
+        return equal
+
+    def is_exact(self, module: nn.Module, *calls: Call) -> bool:
+        """Whether it gives the module's outputs bit for bit for the first of the calls that it accepts; one it must."""
+        call = next((call for call in calls if self.accepts(call)), None)
+        return call is not None and self.agrees(module, call, exactly=True)
+
+    def inputs_of(self, call: Call) -> list[Tensor]:
+        """Graph inputs of this call in placeholder order."""
+        values = self.bindings(call)
+        return [values[node.name] for node in self.graph_module.graph.nodes if node.op == "placeholder"]
+
+
+def fixed_or_symbol(size: Any) -> int | str:
+    """A fixed size as a number, a symbolic one as its expression."""
+    fixed = size if isinstance(size, int) else size.node.maybe_as_int()
+    return str(size) if fixed is None else int(fixed)
+
+
+def weight_of(module: nn.Module, target: str) -> Weight:
+    path, _, key = target.rpartition(".")
+    owner = module.get_submodule(path)
+    return Weight(owner._parameters if key in owner._parameters else owner._buffers, key, target)

@@ -1,0 +1,156 @@
+"""Captures a denoiser once, as a functional ATen graph whose weights are inputs. The only file that uses torch.export.
+
+A Captured serves every call of the same signature whose shapes fit (DESIGN contract 1). What a later process reads from
+disk has to give the module's outputs bit for bit, or is made anew.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.export
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Graph, GraphModule
+from torch.utils import _pytree as pytree
+
+from dcc.capture import store
+from dcc.capture.captured import Captured, fixed_or_symbol, weight_of
+from dcc.capture.repeats import one_of_each_kind, write_out
+from dcc.errors import CaptureError
+from dcc.passes.graph import output_node
+from dcc.passes.verify import is_mutation, verify
+from dcc.record.call import Call
+from dcc.text import error_line
+
+
+def capture(module: nn.Module, call: Call, first: Call | None = None) -> Captured:
+    """Exports `module` for calls like this one; capture with a batch of 2 or more, because sizes of 1 are fixed.
+
+    `first` is a call that it will serve: on that one, where it can, it is compared with the module.
+    Tries all dimensions dynamic, then fixed shapes, then falls back to the eager module as one opaque node, keeping
+    the reason in `problem`. A module that was captured before is not captured again while its old graph still gives
+    its outputs bit for bit, so compiling once more for another plan is quick.
+    """
+    tests = (call,) if first is None else (first, call)
+    for known in _CAPTURES.get(module, []):
+        if known.accepts(call) and known.is_exact(module, *tests):
+            return known
+    path = store.place(module, call)
+    captured, why_not = store.read(path, module, call, tests)
+    if captured is None:
+        captured = _first_that_exports(module, call, tests)
+        captured.origin += f", because the graph on disk {why_not}" if why_not else ""
+        store.write(path, captured)
+    if captured.problem is None:
+        _CAPTURES.setdefault(module, []).append(captured)
+    return captured
+
+
+_CAPTURES: WeakKeyDictionary[nn.Module, list[Captured]] = WeakKeyDictionary()
+
+
+def _first_that_exports(module: nn.Module, call: Call, tests: Sequence[Call]) -> Captured:
+    problems = []
+    for dynamic in (True, False):
+        for context in (one_of_each_kind(module), nullcontext(False)):
+            some_repeat = True
+            try:
+                with context as some_repeat:
+                    captured = _export(module, call, dynamic)
+                if not some_repeat or captured.is_exact(module, *tests):
+                    return captured
+                problem = "blocks of one kind differ in what they compute"
+            except Exception as error:  # torch.export raises many kinds; each is recorded and shown by summary()
+                problem = error_line(error)
+            if not some_repeat:
+                break
+        problems.append(f"{'dynamic' if dynamic else 'fixed'} shapes: {problem}")
+    return _opaque(module, call, "; ".join(problems))
+
+
+def _export(module: nn.Module, call: Call, dynamic: bool) -> Captured:
+    kwargs = call.arguments()
+    shapes = None
+    if dynamic:
+        shapes = pytree.tree_map(_dynamic_dims, kwargs)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's own deprecations, nothing a caller could act on
+        program = torch.export.export(module, (), kwargs, dynamic_shapes=shapes, strict=False)
+        if any(is_mutation(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})  # functional form, operators left whole
+    return _from_program(module, call, program)
+
+
+def _dynamic_dims(value: Any) -> dict[int, Any] | None:
+    """Every dimension symbolic, except those of size 1: torch.export fixes 0 and 1."""
+    if not isinstance(value, Tensor):
+        return None
+    return {d: torch.export.Dim.STATIC if size == 1 else torch.export.Dim.AUTO for d, size in enumerate(value.shape)}
+
+
+def _from_program(module: nn.Module, call: Call, program: torch.export.ExportedProgram) -> Captured:
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    weights, constants, user_inputs = {}, {}, []
+    for spec in program.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.USER_INPUT:
+            user_inputs.append(name)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            weights[name] = weight_of(module, spec.target)
+        else:
+            constants[name] = program.constants[spec.target]
+    write_out(program.graph, module, {placeholders[name]: weight.get() for name, weight in weights.items()})
+    inputs, symbols = {}, {}
+    for path, name in zip(call.leaf_names, user_inputs, strict=True):
+        node = placeholders[name]
+        if path in call.names:
+            inputs[path] = name
+            symbols[path] = [fixed_or_symbol(size) for size in node.meta["val"].shape]
+        else:
+            program.graph.erase_node(node)  # a constant: part of the signature, folded into the graph
+    graph_module = GraphModule(dict(program.graph_module.named_modules()), program.graph)
+    for spec in program.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(f"the module writes to {spec.target!r} while it runs; a cached graph must be functional")
+    output = output_node(graph_module)
+    output.args = (tuple(output.args[0]),)
+    verify(graph_module, "capture")
+    return Captured(graph_module, call, weights, constants, inputs, program.call_spec.out_spec, _symbols=symbols)
+
+
+def _opaque(module: nn.Module, call: Call, problem: str) -> Captured:
+    """One node that calls the eager module: its raw output can still be cached, nothing inside can."""
+    with torch.no_grad():
+        outputs, out_spec = pytree.tree_flatten(module(**call.arguments()))
+    if not all(isinstance(value, Tensor) for value in outputs):
+        raise CaptureError(
+            f"{type(module).__name__} returns values that are not tensors, and exports neither: {problem}"
+        )
+
+    class Eager(nn.Module):
+        def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(pytree.tree_leaves(module(**call.arguments(tensors))))
+
+    graph, inputs, placeholders = Graph(), {}, []
+    for index, (path, tensor) in enumerate(zip(call.names, call.tensors, strict=True)):
+        node = graph.placeholder(f"input_{index}")
+        node.meta["val"] = tensor.to("meta")
+        inputs[path] = node.name
+        placeholders.append(node)
+    eager = graph.call_module("eager", tuple(placeholders))
+    eager.meta["val"] = tuple(value.to("meta") for value in outputs)
+    items = []
+    for index, value in enumerate(outputs):
+        item = graph.call_function(operator.getitem, (eager, index))
+        item.meta["val"] = value.to("meta")
+        items.append(item)
+    graph.output(tuple(items))
+    graph_module = GraphModule({"eager": Eager()}, graph)
+    return Captured(graph_module, call, {}, {}, inputs, out_spec, problem=problem)

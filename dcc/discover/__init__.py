@@ -1,0 +1,1 @@
+"""Every value of a captured graph that may be cached."""

@@ -1,0 +1,197 @@
+"""Lowers the graph of one variant to a callable for fixed shapes. The only file that uses torch._inductor.
+
+Sizes are fixed, repeated blocks outlined, and the graph goes straight to Inductor.
+Each lowered variant is compared once with its eager graph, on the first real inputs it gets; where they disagree the
+graph is lowered without outlining, then not at all, and the reason is kept (DESIGN contract 6). Modes that ask for
+CUDA graphs get dcc's own (cuda_graphs.py), compared once more: Inductor's would copy the weights, which are inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from dcc.errors import LoweringError
+from dcc.lower import cuda_graphs
+from dcc.passes.base import Correction, state_of
+from dcc.passes.forms import Constant
+from dcc.passes.outline_blocks import outline_blocks
+from dcc.passes.specialize import specialize
+from dcc.text import error_line
+
+BACKENDS = ("inductor", "eager")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # those of torch.compile
+GRAPHED = ("reduce-overhead", "max-autotune")  # those with CUDA graphs
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+@dataclass
+class Variant:
+    """The graph of one schedule row. Inputs are bound by name; outputs are the denoiser's own, then the writes."""
+
+    name: str
+    graph_module: GraphModule
+    inputs: tuple[str, ...]
+    outputs: int
+    writes: tuple[str, ...] = ()
+    constants: tuple[Constant, ...] = ()  # inputs that its forecasts need besides anchors and coefficients
+    corrections: tuple[Correction, ...] = ()  # whose factors are inputs
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """States of token selection that it returns anew, by the name of the input that takes them."""
+        return tuple(state for name in self.writes if (state := state_of(name)) is not None)
+
+
+@dataclass
+class Program:
+    """A variant lowered for one set of shapes, strides and devices."""
+
+    variant: Variant
+    backend: str
+    call: Callable[..., Sequence[Tensor]]
+    seconds: float = 0.0
+    problem: str | None = None  # of the lowering
+    bodies: int = 0  # compiled once and called for several blocks
+
+    @property
+    def problems(self) -> list[str]:
+        """What it does otherwise than asked, when it was lowered and since."""
+        return [said for said in (self.problem, getattr(self.call, "problem", None)) if said]
+
+    def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Runs on `values` in the order of `variant.inputs`."""
+        return list(self.call(*values))
+
+
+def check_backend(backend: str, mode: str = "default") -> None:
+    """Raises LoweringError, listing what there is, for an unknown backend or mode, or a mode that has no effect."""
+    for kind, value, known in (("backend", backend, BACKENDS), ("mode", mode, MODES)):
+        if value not in known:
+            raise LoweringError(f"unknown {kind} {value!r}; there are: {', '.join(known)}")
+    if backend == "eager" and mode != "default":
+        raise LoweringError(f"mode {mode!r} is Inductor's, the eager backend has none; leave one of them out")
+
+
+@functools.cache
+def start_inductor() -> threading.Thread:
+    """Loads Inductor and starts what it does once a process before it makes code for a CPU, beside other work.
+
+    It builds and loads test programs to find out what the processor can do: a second, or eight with an empty cache.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what they import
+        import torch._inductor.codecache  # two seconds that a user of the eager backend need not wait
+        import torch._inductor.cpu_vec_isa
+        import torch.utils.cpp_extension  # which the thread would import, beside imports of this one
+
+    def probe() -> None:
+        with contextlib.suppress(OSError, AttributeError):  # on two cores the recorded run would take thrice as long
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        with contextlib.suppress(Exception):  # Inductor meets it again, and the lowering says so
+            torch._inductor.cpu_vec_isa.valid_vec_isa_list()
+
+    thread = threading.Thread(target=probe, name="dcc start_inductor", daemon=True)
+    thread.start()
+    return thread
+
+
+def lower(variant: Variant, values: Sequence[Tensor], backend: str, mode: str = "default") -> Program:
+    """A program for inputs like `values`, compared on them; a safer lowering, with the reason, where it is wrong."""
+    check_backend(backend, mode)
+    if backend == "eager":
+        return Program(variant, "eager", variant.graph_module)
+    start, problems, prepared = time.perf_counter(), [], None
+    expected = variant.graph_module(*values)
+    for outline in (True, False):
+        try:
+            graph_module, fakes, bodies = prepared or _prepared(variant, values, outline)
+            if outline and not bodies:  # nothing to outline: whole at the next turn
+                prepared = graph_module, fakes, 0
+                continue
+            call = _inductor(graph_module, fakes, mode)
+            problem = _compare(call, values, expected)
+        except Exception as error:  # Inductor raises many kinds; the reason is kept and shown by summary()
+            problem = f"Inductor: {error_line(error)}"
+        if problem is None:
+            said = [f"is lowered whole: {'; '.join(problems)}"] if problems else []
+            if mode in GRAPHED:
+                call, problem = _graphed(call, values, expected)
+                said += [f"runs without a CUDA graph: {problem}"] if problem else []
+            return Program(variant, "inductor", call, time.perf_counter() - start, "; ".join(said) or None, bodies)
+        problems.append(f"with outlined blocks: {problem}" if outline else problem)
+    return Program(
+        variant, "eager", variant.graph_module, time.perf_counter() - start, f"runs eagerly: {'; '.join(problems)}"
+    )
+
+
+def _prepared(variant: Variant, values: Sequence[Tensor], outline: bool) -> tuple[GraphModule, list[Tensor], int]:
+    """The graph for inputs like these, those inputs as fake tensors, and how many bodies its blocks share."""
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor keeps nothing on disk without one
+    fakes = [fake_mode.from_tensor(value.detach(), static_shapes=True) for value in values]
+    with torch.no_grad(), fake_mode:
+        graph_module = specialize(variant.graph_module, fakes)
+    return graph_module, fakes, outline_blocks(graph_module)[0] if outline else 0
+
+
+def _inductor(graph_module: GraphModule, fakes: Sequence[Tensor], mode: str) -> Callable[..., Sequence[Tensor]]:
+    """Compiles without Dynamo: the graph is captured already, so there is nothing to guard or to break.
+
+    Inductor keeps what it makes on disk, by graph, versions, settings and device; a second process finds it there.
+    """
+    import torch._inductor
+
+    if all(value.device.type == "cpu" for value in fakes):
+        start_inductor().join()
+    for node in graph_module.graph.nodes:
+        node.meta.pop("val", None)  # Inductor makes its own
+    options = torch._inductor.list_mode_options(mode) | {"triton.cudagraphs": False}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own deprecations; under -W error they would stop the lowering
+        return torch._inductor.compile(graph_module, list(fakes), options)
+
+
+def _graphed(
+    call: Callable[..., Sequence[Tensor]], values: Sequence[Tensor], expected: Sequence[Tensor]
+) -> tuple[Callable[..., Sequence[Tensor]], str | None]:
+    """The call as a CUDA graph, or as it is and why."""
+    problem = cuda_graphs.refusal(values)
+    if problem is not None:
+        return call, problem
+    try:
+        graphed = cuda_graphs.Graphed(call, cuda_graphs.pool_of(values[0].device))
+        problem = _compare(graphed, values, expected)
+    except Exception as error:  # what cannot be recorded raises many kinds; the reason is shown by summary()
+        problem = error_line(error)
+    return (call, problem) if problem else (graphed, None)
+
+
+def _compare(call: Callable[..., Sequence[Tensor]], values: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """What is wrong with the lowered call on these inputs, None where nothing is."""
+    actual = list(call(*values))
+    for index, (ours, reference) in enumerate(zip(actual, expected, strict=True)):
+        if ours.shape != reference.shape or ours.dtype != reference.dtype:
+            return (
+                f"output {index} of the lowered variant is {ours.dtype}{list(ours.shape)}, not {list(reference.shape)}"
+            )
+        if not reference.is_floating_point():
+            if not torch.equal(ours, reference):
+                return f"output {index} of the lowered variant differs"
+            continue
+        scale = reference.double().norm()
+        error = float((ours.double() - reference.double()).norm() / scale) if scale > 0 else float(ours.double().norm())
+        if not error <= TOLERANCE.get(reference.dtype, 1e-3):
+            return f"output {index} of the lowered variant differs from eager by {error:.1e} (relative)"
+    return None

@@ -1,0 +1,1 @@
+"""What a calibration measures, and the profile that keeps it."""

@@ -1,0 +1,286 @@
+"""Calibration: runs the prompts once through an instrumented graph and keeps how every site's values move.
+
+The instrumented graph is the captured denoiser with small extra outputs (passes/insert_sketches.py); the pipeline runs
+as ever. What is kept per prompt is one Gram matrix a site and stream, so memory grows with neither prompts nor pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dcc.capture.captured import Captured
+from dcc.discover.sites import Sites
+from dcc.discover.subject import examine
+from dcc.errors import ProfileError
+from dcc.measure.instrument import Instrumented, Run
+from dcc.measure.profile import Profile, SiteCost, dtype_of, read_file, write_file
+from dcc.passes.base import Port
+from dcc.passes.timings import timings
+from dcc.record.fingerprint import fingerprint, weights_hash
+from dcc.record.recorder import Recording
+from dcc.record.target import Samples, Target, call_parameters, check_prompts, installed, is_pipeline, make_target
+
+MARK, VERSION = "dcc_calibration", 1  # of checkpoints
+SUMS = ("gram", "moved", "size")
+PROBE_BUDGET = 0.1  # whole runs spent on sensitivity, per prompt
+
+
+def calibrate(
+    model: Any,
+    prompts: Sequence[Any],
+    *,
+    sample: Callable[[nn.Module, Any], Any] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+    **pipeline_kwargs: Any,
+) -> Profile:
+    """Measures how the features of a pipeline's or module's denoiser move from step to step.
+
+    Args:
+        model: a DiffusionPipeline or an nn.Module, not compiled by dcc; it is as it was afterwards.
+        prompts: prompts like those to be served; run one after the other, prompt i with the noise of seed + i.
+        sample: for a bare module: sample(net, prompt) runs one full sampling loop and returns the final sample.
+        checkpoint: a file that is rewritten after every prompt, and resumed where it exists.
+        seed: of the noise.
+        progress: called with one line before each stage and prompt.
+        pipeline_kwargs: arguments of the pipeline's call (num_inference_steps, height, ...) as they will be served.
+
+    Beyond the runs of the prompts themselves this takes one recorded run, the capture, the sketches, and probes of
+    sensitivity that cost at most max(1, 0.1 * len(prompts)) runs.
+
+    Raises a subclass of DccError for anything it refuses; ProfileError for a checkpoint of other arguments and for
+    loops that cannot be calibrated.
+    """
+    say = progress or (lambda line: None)
+    if is_pipeline(model) and (unknown := sorted(set(pipeline_kwargs).difference(call_parameters(model)))):
+        raise ProfileError(f"unknown keyword {', '.join(map(repr, unknown))}: no argument of the pipeline's call")
+    target = make_target(model, sample, pipeline_kwargs)
+    prompts = check_prompts(prompts, text=not isinstance(model, nn.Module))
+
+    subject = examine(target, prompts, say)
+    return measure(target, *subject, prompts, checkpoint=checkpoint, seed=seed, progress=say, settings=pipeline_kwargs)
+
+
+def measure(
+    target: Target,
+    run: Recording,
+    captured: Captured,
+    sites: Sites,
+    prompts: Sequence[Any],
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None],
+    settings: dict[str, Any],
+) -> Profile:
+    """`calibrate` for a denoiser that was recorded and captured already."""
+    say = progress
+    net = Instrumented(target.module, run, target.scheduler, captured, sites)
+    state = Accumulated(_identity(target, run, net.site_names, prompts, seed, settings))
+    if checkpoint is not None and os.path.exists(checkpoint):
+        state.load(checkpoint)
+        say(f"resuming behind prompt {state.done} of {len(prompts)}")
+    else:
+        say("timing the nodes of one call")
+        state.costs, state.seconds = measured_costs(run, sites, net.site_names)
+
+    probes = probe_steps(len(run.levels), len(prompts))
+    with installed(target, net):
+        for index in range(state.done, len(prompts)):
+            say(f"prompt {index + 1} of {len(prompts)}")
+            own = [step for probe, step in enumerate(probes) if probe * len(prompts) // len(probes) == index]
+            base = Run(keep_outputs=bool(own))
+            samples = _generate(target, net, base, prompts[index], seed + index)
+            state.add(base)
+            for step in own:
+                say(f"disturbing step {step + 1} of {len(run.levels)}")
+                disturbed = Run(disturbed=step, seed=seed + index, outputs=base.outputs)
+                moved = _generate(target, net, disturbed, prompts[index], seed + index).raw - samples.raw
+                state.probes.append((step, _ratio(moved, disturbed)))
+            state.done = index + 1
+            if checkpoint is not None:
+                state.save(checkpoint)
+    return state.profile(sites)
+
+
+class Accumulated:
+    """The sums of a calibration under way; what a checkpoint holds. `identity` is what a resumed one must share."""
+
+    def __init__(self, identity: dict[str, Any]) -> None:
+        self.identity = identity
+        self.done = 0
+        self.streams: list[str] = []
+        self.costs: list[SiteCost] = []
+        self.seconds = 0.0
+        self.probes: list[tuple[int, float]] = []
+        self.gram = self.moved = self.size = torch.empty(0, dtype=torch.float64)
+
+    def add(self, run: Run) -> None:
+        """Adds one whole run. Raises ProfileError where it lacks steps or streams, or holds NaN or infinity."""
+        steps, prompt = len(self.identity["levels"]), f"prompt {self.done + 1}"
+        for label, taken in run.taken.items():
+            if sorted(taken.seen) != list(range(steps)):
+                raise ProfileError(
+                    f"{prompt}: stream {label!r} was called at {len(taken.seen)} of {steps} steps; a calibration needs "
+                    "loops that call every stream once a step, like the recorded one"
+                )
+        if not self.done:
+            self.streams = list(run.taken)
+            shape = (len(self.streams), len(self.identity["sites"]), steps)
+            self.gram = torch.zeros(*shape, steps, dtype=torch.float64)
+            self.moved, self.size = torch.zeros(2, *shape, dtype=torch.float64)
+        if list(run.taken) != self.streams:
+            raise ProfileError(f"{prompt} has streams {list(run.taken)}, the first had {self.streams}")
+        for k, (label, taken) in enumerate(run.taken.items()):
+            known: dict[tuple[Port, ...], tuple[Tensor, ...]] = {}  # several names may mean one value
+            for n, site in enumerate(taken.sites):
+                if site.ports not in known:
+                    gram = gram_matrix(taken.rows(taken.sketches, site))
+                    if not bool(gram.isfinite().all()):
+                        raise ProfileError(f"{prompt}: site {site.name!r} of stream {label!r} is NaN or infinite")
+                    known[site.ports] = (gram, *neighbours(taken.rows(taken.coordinates, site)))
+                for total, value in zip((self.gram, self.moved, self.size), known[site.ports], strict=True):
+                    total[k, n] += value
+
+    def profile(self, sites: Sites) -> Profile:
+        """The means over all prompts."""
+        identity, steps = self.identity, len(self.identity["levels"])
+        probed, raw = zip(*sorted(self.probes), strict=True)
+        curve = np.interp(range(steps), probed, raw)
+        scale = float(curve.mean())
+        change = torch.where(self.size > 0, self.moved / self.size.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        return Profile(
+            **{name: identity[name] for name in ("model", "weights", "scheduler", "dtype", "seed", "settings")},
+            levels=tuple(identity["levels"]),
+            streams=tuple(self.streams),
+            costs=tuple(self.costs),
+            default=sites.default if sites.default in identity["sites"] else identity["sites"][0],
+            flops=sites.flops,
+            seconds=self.seconds,
+            prompts=self.done,
+            probed=tuple(probed),
+            sensitivity_scale=scale,
+            gram=self.gram / self.done,
+            neighbours=change.float(),
+            sensitivity=torch.from_numpy(curve / scale if scale else np.ones(steps)).float(),
+            versions={"torch": torch.__version__, "dcc": importlib.metadata.version("diffusion-cache-compiler")},
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a checkpoint, atomically."""
+        header = self.identity | {name: getattr(self, name) for name in ("done", "streams", "seconds", "probes")}
+        header["costs"] = [asdict(cost) for cost in self.costs]
+        write_file(path, MARK, VERSION, header, {name: getattr(self, name) for name in SUMS})
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Takes up a checkpoint. Raises ProfileError, naming the field, where it is of another calibration."""
+        header, tensors = read_file(path, MARK, VERSION)
+        for name, value in self.identity.items():
+            if header.get(name) != value:
+                raise ProfileError(
+                    f"{path}: this checkpoint has another {name} ({_short(header.get(name))}) than this calibration "
+                    f"({_short(value)}); delete the file or give another checkpoint="
+                )
+        try:
+            self.done, self.streams, self.seconds = header["done"], header["streams"], header["seconds"]
+            self.probes = [(step, ratio) for step, ratio in header["probes"]]
+            self.costs = [SiteCost(**cost) for cost in header["costs"]]
+            self.gram, self.moved, self.size = (tensors[name] for name in SUMS)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"{path}: this checkpoint is malformed at {error}; delete the file") from error
+
+
+def gram_matrix(rows: Tensor) -> Tensor:
+    """Inner products [S, S] float64, on the CPU, of rows [S, n] float32.
+
+    Sums up the products of step-to-step differences: forecasts live on small differences of large values, whose
+    products float32 holds where those of the values themselves would drown them.
+    """
+    moves = torch.cat([rows[:1], rows.diff(dim=0)])
+    gram = (moves @ moves.T).double().cpu().cumsum(0).cumsum(1)
+    gram = (gram + gram.T) / 2
+    gram.diagonal().clamp_(min=0)
+    return gram
+
+
+def neighbours(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums [S] float64 of |row - row before| and of |row before|; zeros at step 0."""
+    moved = rows.diff(dim=0).abs().sum(1, dtype=torch.float64)
+    size = rows[:-1].abs().sum(1, dtype=torch.float64)
+    zero = moved.new_zeros(1)
+    return torch.cat([zero, moved]).cpu(), torch.cat([zero, size]).cpu()
+
+
+def probe_steps(steps: int, prompts: int) -> list[int]:
+    """Evenly spread steps to disturb: as many as max(1, 0.1 * prompts) whole runs pay for.
+
+    A probe costs the steps from the disturbed one on, because those before it are not computed again.
+    """
+    budget = steps * max(1.0, PROBE_BUDGET * prompts)
+    for count in range(min(steps, prompts * steps), 1, -1):
+        spread = [min(math.ceil((probe + 0.5) * steps / count), steps - 1) for probe in range(count)]
+        if sum(steps - step for step in spread) <= budget and len(set(spread)) == count:
+            return spread
+    return [steps // 2]
+
+
+def measured_costs(run: Recording, sites: Sites, names: Sequence[str]) -> tuple[list[SiteCost], float]:
+    """What each named site costs in FLOPs, bytes and measured seconds of the recorded call; and that call's seconds."""
+    captured, flow = sites.captured, sites.flow
+    seconds = timings(captured.graph_module, captured.inputs_of(run.first))
+
+    def spent(nodes: Iterable[str]) -> float:
+        return sum(seconds.get(node, 0.0) for node in nodes)
+
+    chosen = [sites[name] for name in names]
+    costs = [SiteCost(s.name, s.kind, s.flops, s.bytes, spent(sorted(flow.spared(s.ports)))) for s in chosen]
+    return costs, spent(sorted(flow.needed()))
+
+
+def _generate(target: Target, net: Instrumented, run: Run, prompt: Any, seed: int) -> Samples:
+    net.start(run)
+    return target.generate([prompt], [seed])
+
+
+def _ratio(moved: Tensor, run: Run) -> float:
+    """How far the final sample moved per unit of injected noise, both root mean squares."""
+    squares, count = (sum(values) for values in zip(*run.injected, strict=True))
+    return float(moved.double().square().mean().sqrt()) / math.sqrt(squares / count) if squares else 0.0
+
+
+def _identity(
+    target: Target, run: Recording, sites: Sequence[str], prompts: list[Any], seed: int, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides the result of a calibration, as a JSON file gives it back."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(prompt.cpu().numpy().tobytes() if isinstance(prompt, Tensor) else repr(prompt).encode())
+    identity = {
+        "model": fingerprint(target.module),
+        "dtype": dtype_of(target.module),
+        "weights": weights_hash(target.module),
+        "scheduler": target.scheduler,
+        "levels": list(run.levels),
+        "sites": list(sites),
+        "settings": settings,
+        "seed": seed,
+        "prompts": f"{len(prompts)} prompts, {digest.hexdigest()[:16]}",
+    }
+    return json.loads(json.dumps(identity, default=lambda value: type(value).__name__))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,367 @@
+"""The profile: what calibration measured about one denoiser. One safetensors file with a readable header."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dcc import files
+from dcc.errors import ProfileError
+from dcc.record.fingerprint import fingerprint, weights_hash
+from dcc.text import human_bytes, render
+
+VERSION = 1
+TENSORS = ("gram", "neighbours", "sensitivity")
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """One site at the calibrated shapes: what a forecast of it saves, FLOPs and seconds a call, and anchor bytes."""
+
+    name: str
+    kind: str
+    flops: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """How the features of one denoiser move from step to step; valid for one model, scheduler, dtype and run length.
+
+    `gram` [streams, sites, S, S] float64 holds the mean inner product of a site's values at two steps, over prompts
+    (estimated from sketches); `neighbours` [streams, sites, S] float32 the relative L1 change since the step before
+    (0 at step 0); `sensitivity` [S] float32 how far the final sample moves per unit of noise in the output of one
+    step, divided by its mean over steps, `sensitivity_scale`. Only the steps `probed` were measured, the others are
+    interpolated. `flops` and `seconds` are those of one whole denoiser call, eager and node by node.
+    """
+
+    model: str
+    weights: str
+    scheduler: str
+    dtype: str
+    levels: tuple[float, ...]
+    streams: tuple[str, ...]
+    costs: tuple[SiteCost, ...]
+    default: str
+    flops: int
+    seconds: float
+    prompts: int
+    seed: int
+    probed: tuple[int, ...]
+    sensitivity_scale: float
+    gram: Tensor
+    neighbours: Tensor
+    sensitivity: Tensor
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites, as `dcc.sites` gives them."""
+        return tuple(cost.name for cost in self.costs)
+
+    @property
+    def steps(self) -> int:
+        """S: the number of steps."""
+        return len(self.levels)
+
+    def cost(self, site: str) -> SiteCost:
+        """What the site costs. Raises ProfileError for a site that was not calibrated."""
+        return self.costs[self._site(site)]
+
+    def matrix(self, site: str, stream: str | None = None) -> Tensor:
+        """Gram matrix [S, S] float64 of a site; of the first stream unless named. Raises ProfileError."""
+        return self.gram[self._stream(stream), self._site(site)]
+
+    def similarity(self, site: str, stream: str | None = None) -> Tensor:
+        """Cosine [S, S] float64 between the site's values at every two steps; 0 where a value is zero."""
+        gram = self.matrix(site, stream)
+        norms = gram.diagonal().sqrt()
+        scale = norms[:, None] * norms[None]
+        return torch.where(scale > 0, gram / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
+
+    def norms(self, site: str, stream: str | None = None) -> Tensor:
+        """Root mean square [S] float64, over prompts, of the norm of a site's value."""
+        return self.matrix(site, stream).diagonal().sqrt()
+
+    def change(self, site: str, stream: str | None = None) -> Tensor:
+        """Relative L1 change [S] float32 of a site since the step before; 0 at step 0."""
+        return self.neighbours[self._stream(stream), self._site(site)]
+
+    def error(
+        self, site: str, step: int, anchors: Sequence[int], coefficients: Sequence[float], stream: str | None = None
+    ) -> float:
+        """Relative error of the forecast sum_j coefficients[j] * value(anchors[j]) of the site's value at `step`.
+
+        ||forecast - value|| / ||value||, root mean square over prompts, were the anchors true values. Infinite where
+        the value is zero and the forecast is not. Raises ProfileError for steps or lengths that do not fit.
+        """
+        if len(anchors) != len(coefficients):
+            raise ProfileError(f"{len(anchors)} anchors and {len(coefficients)} coefficients; give one for each")
+        bad = [s for s in (step, *anchors) if not 0 <= s < self.steps]
+        if bad:
+            raise ProfileError(f"step {bad[0]} is not among the profile's steps 0 to {self.steps - 1}")
+        gram = self.matrix(site, stream)
+        weights = torch.zeros(self.steps, dtype=gram.dtype)
+        weights[step] += 1.0
+        for anchor, coefficient in zip(anchors, coefficients, strict=True):
+            weights[anchor] -= coefficient
+        missed, whole = max(float(weights @ gram @ weights), 0.0), float(gram[step, step])
+        if whole == 0:
+            return math.inf if missed > 0 else 0.0
+        return math.sqrt(missed / whole)
+
+    def check(self, module: nn.Module, scheduler: Any, dtype: torch.dtype | str | None = None) -> None:
+        """Raises ProfileError, naming the field, unless the profile belongs to this denoiser, scheduler and dtype.
+
+        `scheduler` is the object or its class name; `dtype` is the module's where not given.
+        """
+        dtype = dtype if dtype is not None else dtype_of(module)
+        own = {
+            "model": fingerprint(module),
+            "dtype": str(dtype).removeprefix("torch."),
+            "weights": weights_hash(module),
+            "scheduler": scheduler if isinstance(scheduler, str) else type(scheduler).__name__,
+        }
+        for name, value in own.items():
+            if getattr(self, name) != value:
+                raise ProfileError(
+                    f"the profile is for another {name}: it has {name} {getattr(self, name)}, this run has {value}; "
+                    "calibrate this one"
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file, atomically: `path` holds the old file or the whole new one."""
+        header = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in TENSORS}
+        header["costs"] = [dataclasses.asdict(cost) for cost in self.costs]
+        upper = torch.triu_indices(self.steps, self.steps)
+        tensors = {
+            "gram": self.gram[..., upper[0], upper[1]].contiguous(),
+            "neighbours": self.neighbours.contiguous(),
+            "sensitivity": self.sensitivity.contiguous(),
+        }
+        write_file(path, "dcc_profile", VERSION, header, tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Reads a profile that `save` wrote. Raises ProfileError, naming the file and the field, for anything else."""
+        header, tensors = read_file(path, "dcc_profile", VERSION)
+        try:
+            return cls(**_fields(header), **_unpacked(header, tensors))
+        except (ProfileError, TypeError) as error:
+            raise ProfileError(f"{path}: {error}") from error
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Writes a picture (format by suffix, e.g. .png) of similarity, change and sensitivity over the steps."""
+        from dcc.measure.profile_plot import plot  # matplotlib takes a second to import, and only pictures need it
+
+        plot(self, path)
+
+    def __str__(self) -> str:
+        return render(self)
+
+    def __rich__(self) -> Table:
+        probed = f"{len(self.probed)} of {self.steps} steps probed"
+        table = Table(
+            title=f"profile: {self.prompts} prompts, {self.scheduler}, {self.steps} steps, {self.dtype}, "
+            f"{self.flops / 1e9:.3f} GFLOP a call",
+            caption=f"streams: {', '.join(self.streams)}; sensitivity: {probed}; change and cosine: mean over steps",
+            title_justify="left",
+            caption_justify="left",
+        )
+        for name in ("site", "kind", "FLOPs saved", "time saved", "anchor", "change a step", "1 - cosine a step"):
+            table.add_column(name, justify="left" if name in ("site", "kind") else "right")
+        branches = [cost.name for cost in self.costs if "/" in cost.name]
+        for cost in self.costs:
+            if "/" in cost.name:
+                continue
+            cosine = self.similarity(cost.name).diagonal(1)
+            table.add_row(
+                cost.name + (" *" if cost.name == self.default else ""),
+                cost.kind,
+                f"{cost.flops / self.flops:.1%}" if self.flops else "-",
+                f"{cost.seconds / self.seconds:.1%}" if self.seconds else "-",
+                human_bytes(cost.bytes),
+                f"{float(self.change(cost.name)[1:].mean()) if self.steps > 1 else 0.0:.2%}",
+                f"{float(1 - cosine.mean()) if self.steps > 1 else 0.0:.1e}",
+            )
+        if branches:
+            table.add_row(f"and {len(branches)} branches", *[""] * 6)
+        return table
+
+    def _site(self, name: str) -> int:
+        if name not in self.sites:
+            raise ProfileError(f"no site {name!r} in this profile; it has: {', '.join(self.sites)}")
+        return self.sites.index(name)
+
+    def _stream(self, name: str | None) -> int:
+        if name is None:
+            return 0
+        if name not in self.streams:
+            raise ProfileError(f"no stream {name!r} in this profile; it has: {', '.join(self.streams)}")
+        return self.streams.index(name)
+
+
+def dtype_of(module: nn.Module) -> str:
+    """The dtype of the module's first floating parameter, such as "bfloat16"; "float32" where it has none."""
+    found = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return str(found).removeprefix("torch.")
+
+
+def write_file(
+    path: str | os.PathLike[str], mark: str, version: int, header: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Writes tensors and a JSON header as one safetensors file, atomically, with a checksum of the tensors."""
+    metadata = {mark: str(version), "header": json.dumps(header), "checksum": _checksum(tensors)}
+    files.write_file(path, save(tensors, metadata))
+
+
+def read_file(path: str | os.PathLike[str], mark: str, version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_file` wrote. Raises ProfileError, naming the file and what is wrong with it, for anything else."""
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise ProfileError(f"{path}: not a safetensors file, or cut short: {error}") from error
+    if mark not in metadata:
+        raise ProfileError(f"{path}: the field {mark!r} is missing, so this is no file of that kind")
+    if metadata[mark] != str(version):
+        raise ProfileError(f"{path}: field {mark!r} is {metadata[mark]!r}; this version of dcc reads {version}")
+    try:
+        header = json.loads(metadata.get("header", ""))
+    except ValueError as error:
+        raise ProfileError(f"{path}: field 'header' is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise ProfileError(f"{path}: field 'header' is not a JSON object")
+    if metadata.get("checksum") != _checksum(tensors):
+        raise ProfileError(f"{path}: field 'checksum' does not fit the tensors; the file was changed or damaged")
+    return header, tensors
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _fields(header: dict[str, Any]) -> dict[str, Any]:
+    """The header's fields as the dataclass holds them."""
+    wanted = {f.name for f in dataclasses.fields(Profile)} - set(TENSORS)
+    for problem, names in (("is missing", wanted - set(header)), ("is unknown", set(header) - wanted)):
+        if names:
+            raise ProfileError(f"field {sorted(names)[0]!r} {problem}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in header.items()}
+    try:
+        values["costs"] = tuple(SiteCost(**cost) for cost in values["costs"])
+    except TypeError as error:
+        raise ProfileError(f"field 'costs' is malformed: {error}") from error
+    return values
+
+
+def _unpacked(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, Gram matrices whole again."""
+    for name in TENSORS:
+        if name not in tensors:
+            raise ProfileError(f"field {name!r} is missing")
+    steps = len(header["levels"]) if isinstance(header.get("levels"), list) else 0
+    packed = tensors["gram"]
+    if packed.dim() != 3 or packed.shape[-1] != steps * (steps + 1) // 2:
+        pairs = steps * (steps + 1) // 2
+        raise ProfileError(f"field 'gram' has shape {list(packed.shape)}, not [streams, sites, {pairs}]")
+    upper = torch.triu_indices(steps, steps)
+    gram = packed.new_zeros(*packed.shape[:2], steps, steps)
+    gram[..., upper[0], upper[1]] = packed
+    gram[..., upper[1], upper[0]] = packed
+    return {"gram": gram, "neighbours": tensors["neighbours"], "sensitivity": tensors["sensitivity"]}
+
+
+def _check(profile: Profile) -> None:
+    def require(condition: bool, name: str, problem: str) -> None:
+        if not condition:
+            raise ProfileError(f"field {name!r} {problem}")
+
+    for name in ("model", "weights", "scheduler", "dtype", "default"):
+        value = getattr(profile, name)
+        require(isinstance(value, str) and bool(value), name, "must be a non-empty string")
+    for name in ("model", "weights"):
+        value = getattr(profile, name)
+        hexadecimal = len(value) == 16 and all(c in "0123456789abcdef" for c in value)
+        require(hexadecimal, name, f"must be 16 hexadecimal digits, not {value!r}")
+    for name in ("flops", "prompts", "seed"):
+        value = getattr(profile, name)
+        require(type(value) is int and value >= 0, name, f"must be a whole number from 0 on, not {value!r}")
+    for name in ("seconds", "sensitivity_scale"):
+        value = getattr(profile, name)
+        require(_is_number(value) and value >= 0, name, f"must be a finite number from 0 on, not {value!r}")
+    for name in ("settings", "versions"):
+        require(isinstance(getattr(profile, name), dict), name, "must be an object")
+    for name, good in (("levels", _is_number), ("streams", _is_text), ("costs", _is_cost), ("probed", _is_index)):
+        values = getattr(profile, name)
+        require(isinstance(values, tuple) and bool(values), name, "must be a list with at least one entry")
+        bad = [value for value in values if not good(value)]
+        require(not bad, name, f"holds a malformed entry: {bad[:1]}")
+    steps, sites = len(profile.levels), len(profile.costs)
+    require(profile.default in profile.sites, "default", f"is {profile.default!r}, which is none of the sites")
+    require(len(set(profile.sites)) == sites, "costs", "names a site twice")
+    require(all(step < steps for step in profile.probed), "probed", f"names a step beyond the {steps} levels")
+    shapes = {
+        "gram": (len(profile.streams), sites, steps, steps),
+        "neighbours": (len(profile.streams), sites, steps),
+        "sensitivity": (steps,),
+    }
+    for name, shape in shapes.items():
+        tensor = getattr(profile, name)
+        dtype = torch.float64 if name == "gram" else torch.float32
+        require(isinstance(tensor, Tensor), name, "must be a tensor")
+        require(tensor.dtype == dtype, name, f"must be {dtype}, not {tensor.dtype}")
+        require(tuple(tensor.shape) == shape, name, f"has shape {list(tensor.shape)}, not {list(shape)}")
+        require(bool(tensor.isfinite().all()), name, "holds NaN or infinite values")
+    require(bool((profile.gram.diagonal(dim1=-2, dim2=-1) >= 0).all()), "gram", "has a negative squared norm")
+    require(torch.equal(profile.gram, profile.gram.mT), "gram", "is not symmetric")
+    require(bool((profile.neighbours >= 0).all()), "neighbours", "holds negative values")
+    require(bool((profile.sensitivity >= 0).all()), "sensitivity", "holds negative values")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_cost(value: Any) -> bool:
+    return (
+        isinstance(value, SiteCost)
+        and _is_text(value.name)
+        and _is_text(value.kind)
+        and _is_index(value.flops)
+        and _is_index(value.bytes)
+        and _is_number(value.seconds)
+        and value.seconds >= 0
+    )

@@ -1,0 +1,320 @@
+"""The plan: which sites are computed or forecast at which step, with which coefficients. A file a person can read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dcc.errors import PlanError, PolicyError
+from dcc.plans.forms import flat, form_problem, form_text, rows_of, split
+from dcc.plans.predictors import Predictor
+from dcc.plans.triggers import Trigger, trigger_of
+from dcc.variants.refresh import has_tokens
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A static schedule for one denoiser and one list of noise levels.
+
+    `schedule[step][k]` is 1 where the sites of selector `sites[k]` are computed at that step, 0 where they are
+    forecast and 2 where they are forecast but for some tokens (`forms[k]` has "tokens"); `coefficients[step][k]` then
+    weighs their anchors, newest first (empty at computed steps). `levels` are
+    the timestep values the denoiser is called with, in order. FLOPs are those of one whole run of one stream.
+    Where a `trigger` decides at run time, a 1 is a step that computes whatever it says, coefficients are empty, and
+    `predictors` (one a site) make them when the anchors are known. `forms[k]` says how site k is forecast other than by
+    one combination of whole anchors (forms.py); it is empty where all are plain.
+    `measured` is what the solver saw on prompts it had not fitted to, and `limits` the forecast error at each anchor
+    above which a prompt is harder than those it was made for (guard.py); both are empty for a policy.
+    """
+
+    model: str
+    scheduler: str
+    levels: tuple[float, ...]
+    sites: tuple[str, ...]
+    schedule: tuple[tuple[int, ...], ...]
+    coefficients: tuple[tuple[tuple[float, ...], ...], ...]
+    policy: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    flops: int = 0
+    flops_uncached: int = 0
+    cache_bytes: int = 0
+    measured: dict[str, Any] = field(default_factory=dict)
+    limits: tuple[float, ...] = ()
+    predictors: tuple[dict[str, Any], ...] = ()
+    trigger: dict[str, Any] = field(default_factory=dict)
+    forms: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def steps(self) -> int:
+        """Number of sampler steps."""
+        return len(self.levels)
+
+    @property
+    def anchors(self) -> int:
+        """J: the largest number of anchors that any forecast reads, at least 1."""
+        needed = [Predictor.of(data).anchors for data in self.predictors]
+        lengths = [len(c) // self.parts(k) for row in self.coefficients for k, c in enumerate(row)]
+        return max([*needed, *lengths], default=1) or 1
+
+    @property
+    def steps_mask(self) -> list[int]:
+        """1 for a step that computes every site, 0 for one that forecasts some."""
+        return [int(is_full(row)) for row in self.schedule]
+
+    @property
+    def rows(self) -> list[tuple[int, ...]]:
+        """The distinct rows of the schedule, the all-compute row first: one compiled variant each.
+
+        Only that one under a trigger, which makes rows as it decides.
+        """
+        if self.trigger:
+            return [(1,) * len(self.sites)]
+        full = (1,) * len(self.sites)
+        return [full, *sorted(set(self.schedule) - {full}, reverse=True)]
+
+    @property
+    def speedup(self) -> float:
+        """Expected ratio of denoiser FLOPs, uncached over planned; infinite where nothing at all is computed."""
+        if not self.flops_uncached:
+            return self.steps / max(sum(self.steps_mask), 1)
+        return self.flops_uncached / self.flops if self.flops else math.inf
+
+    def parts(self, selector: int) -> int:
+        """How many forecasts the selector's form makes one of: rows of coefficients, one behind another."""
+        return rows_of(self.forms[selector]) if self.forms else 1
+
+    def weights(self, step: int, selector: int) -> list[tuple[float, ...]]:
+        """The coefficients of a step by rows, each newest anchor first; empty rows where the step computes."""
+        return split(self.coefficients[step][selector], self.parts(selector))
+
+    def anchor_steps(self, step: int, selector: int) -> list[int]:
+        """Steps before `step` at which the selector's sites were computed, newest first, as many as are kept."""
+        return [s for s in range(step - 1, -1, -1) if self.schedule[s][selector] == 1][: self.anchors]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, atomically: `path` holds the old file or the whole new one."""
+        text = json.dumps({"dcc_plan": VERSION, **asdict(self)}, indent=1)
+        part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
+        part.write_text(text)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan that `save` wrote. Raises PlanError, naming the file and the field, for anything else."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise PlanError(f"{path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise PlanError(f"{path}: not a dcc plan, it is not JSON: {error}") from error
+        if not isinstance(data, dict) or "dcc_plan" not in data:
+            raise PlanError(f"{path}: not a dcc plan, the field 'dcc_plan' is missing")
+        if data.pop("dcc_plan") != VERSION:
+            raise PlanError(f"{path}: written by another version of dcc; this one reads plans of version {VERSION}")
+        try:
+            return cls(**{name: _tuples(value) if isinstance(value, list) else value for name, value in data.items()})
+        except (TypeError, PlanError) as error:
+            raise PlanError(f"{path}: {error}") from error
+
+    def __str__(self) -> str:
+        mask = "".join("1" if full else "?" if self.trigger else "0" for full in self.steps_mask)
+        parameters = ", ".join(f"{name}={value}" for name, value in self.parameters.items())
+        lines = [
+            f"plan: {self.policy}({parameters})",
+            f"  scheduler   {self.scheduler}, {self.steps} steps, levels {self.levels[0]:.4g} to {self.levels[-1]:.4g}",
+            f"  steps mask  {mask}  ({sum(self.steps_mask)} full steps of {self.steps})",
+        ]
+        for k, site in enumerate(self.sites):
+            lines.append(f"  site        {site}: {''.join(str(row[k]) for row in self.schedule)}")
+        for text in dict.fromkeys(form_text(form) for form in self.forms if form):
+            lines.append(f"  form        {text}")
+        if self.trigger:
+            fields = ", ".join(f"{name}={value}" for name, value in self.trigger.items() if name != "kind")
+            lines.append(f"  trigger     {self.trigger['kind']}({fields}) decides the steps marked ?")
+            return "\n".join(lines)
+        lines.append(
+            f"  expected    {self.speedup:.2f}x fewer FLOPs ({self.flops_uncached / 1e9:.2f} to {self.flops / 1e9:.2f} "
+            f"GFLOP a run and stream), {self.cache_bytes / 2**20:.2f} MiB of anchors, "
+            f"{len(self.rows)} variants"
+        )
+        if self.measured:
+            lines.append(f"  measured    {describe(self.measured)}")
+        return "\n".join(lines)
+
+
+def is_full(row: Sequence[int]) -> bool:
+    """Whether a row of a schedule computes every site."""
+    return all(decision == 1 for decision in row)
+
+
+def make_plan(
+    *,
+    model: str,
+    scheduler: str,
+    levels: Sequence[float],
+    sites: Sequence[str],
+    schedule: Sequence[Sequence[int]],
+    predictors: Sequence[Predictor],
+    policy: str,
+    parameters: dict[str, Any],
+    trigger: Trigger | None = None,
+    forms: Sequence[dict[str, Any]] = (),
+) -> Plan:
+    """A plan whose coefficients follow from the schedule and one predictor per selector; costs are filled in later.
+
+    With a trigger they follow at run time.
+
+    Raises PlanError where a site is forecast before it was ever computed.
+    """
+    coefficients = []
+    for step, row in enumerate(schedule):
+        values: list[tuple[float, ...]] = []
+        for k, computed in enumerate(row):
+            anchors = [s for s in range(step - 1, -1, -1) if schedule[s][k] == 1]
+            if computed != 1 and not anchors:
+                raise PlanError(f"step {step} forecasts {sites[k]!r} before any step computed it; compute step 0")
+            free = computed == 1 or trigger is not None
+            values.append(() if free else flat(forms[k] if forms else {}, predictors[k], step, anchors))
+        coefficients.append(tuple(values))
+    plain, forms = json.loads(json.dumps([parameters, list(forms)]))  # as a file would give them back
+    return Plan(
+        model,
+        scheduler,
+        tuple(levels),
+        tuple(sites),
+        tuple(tuple(int(v) for v in row) for row in schedule),
+        tuple(coefficients),
+        policy,
+        plain,
+        predictors=tuple(p.as_json() for p in predictors) if trigger is not None else (),
+        trigger=trigger.as_json() if trigger is not None else {},
+        forms=tuple(forms) if any(forms) else (),
+    )
+
+
+def with_costs(plan: Plan, flops_of_row: dict[tuple[int, ...], int], anchor_bytes: int) -> Plan:
+    """The plan with its expected cost: FLOPs of a call by row, and the bytes of one anchor of all sites."""
+    full = flops_of_row[(1,) * len(plan.sites)]
+    if plan.trigger:  # known when it has run
+        flops_of_row = dict.fromkeys(plan.schedule, full)
+    forecasts = not all(is_full(row) for row in plan.schedule)
+    return replace(
+        plan,
+        flops=sum(flops_of_row[row] for row in plan.schedule),
+        flops_uncached=full * plan.steps,
+        cache_bytes=anchor_bytes * plan.anchors if forecasts else 0,
+    )
+
+
+def describe(measured: dict[str, Any]) -> str:
+    """One sentence on what the solver measured on the prompts that it held back."""
+    text = (
+        f"on {measured['prompts']} held-back prompts PSNR {measured['psnr_mean']:.1f} dB mean, "
+        f"{measured['psnr_worst']:.1f} dB worst"
+    )
+    if "fewer_steps_psnr" in measured:
+        text += f"; {measured['fewer_steps']} plain steps instead: {measured['fewer_steps_psnr']:.1f} dB"
+    return text
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _check(plan: Plan) -> None:
+    def require(condition: bool, field_name: str, problem: str) -> None:
+        if not condition:
+            raise PlanError(f"plan field {field_name!r} {problem}")
+
+    for name in ("model", "scheduler", "policy"):
+        require(isinstance(getattr(plan, name), str), name, "must be a string")
+    for name in ("levels", "sites", "schedule", "coefficients"):
+        require(isinstance(getattr(plan, name), tuple), name, "must be a list")
+    for name in ("parameters", "measured", "trigger"):
+        require(isinstance(getattr(plan, name), dict), name, "must be an object")
+    require(
+        bool(plan.levels) and all(_finite(v) for v in plan.levels), "levels", "must be finite numbers, at least one"
+    )
+    require(bool(plan.sites) and all(isinstance(s, str) for s in plan.sites), "sites", "must be names, at least one")
+    require(
+        not plan.measured or all(_finite(plan.measured.get(name)) for name in ("prompts", "psnr_mean", "psnr_worst")),
+        "measured",
+        "must be empty or hold numbers for prompts, psnr_mean and psnr_worst",
+    )
+    require(
+        isinstance(plan.limits, tuple) and len(plan.limits) in (0, len(plan.levels)) and all(map(_finite, plan.limits)),
+        "limits",
+        "must be empty or hold a finite number a level",
+    )
+    for name in ("flops", "flops_uncached", "cache_bytes"):
+        value = getattr(plan, name)
+        require(isinstance(value, int) and value >= 0, name, "must be a non-negative whole number")
+    _check_table(plan, require)
+
+
+def _check_table(plan: Plan, require: Callable[[bool, str, str], None]) -> None:
+    """The parts of a plan whose size depends on its steps and sites."""
+    steps, width = len(plan.levels), len(plan.sites)
+    for name in ("schedule", "coefficients"):
+        table = getattr(plan, name)
+        require(
+            len(table) == steps and all(isinstance(row, tuple) and len(row) == width for row in table),
+            name,
+            f"must have {steps} rows (one a level) of {width} (one a site)",
+        )
+    for name in ("predictors", "forms"):
+        value = getattr(plan, name)
+        require(
+            isinstance(value, tuple) and len(value) in (0, width) and all(isinstance(v, dict) for v in value),
+            name,
+            f"must be empty or hold {width} objects, one a site",
+        )
+    require(bool(plan.predictors) == bool(plan.trigger), "predictors", "must be there with a trigger, and only then")
+    try:
+        _ = plan.trigger and trigger_of(plan.trigger)
+        _ = [Predictor.of(data) for data in plan.predictors]
+    except PolicyError as error:
+        raise PlanError(f"plan field 'trigger' or 'predictors': {error}") from error
+    for form in plan.forms:
+        problem = form_problem(form)
+        require(problem is None, "forms", problem or "")
+        require(not (form and plan.trigger), "forms", f"may have {', '.join(form)!r} in a static schedule only")
+    whole = [not has_tokens(form) for form in plan.forms or [{}] * width]
+    good = all(v in (0, 1) or (v == 2 and not whole[k]) for row in plan.schedule for k, v in enumerate(row))
+    require(good, "schedule", "must hold 0 and 1 only, and 2 where the site's form has 'tokens'")
+    computed = [0] * width
+    for step, row in enumerate(plan.schedule):
+        for k, full in enumerate(row):
+            values = plan.coefficients[step][k]
+            where = f"at step {step}, site {plan.sites[k]!r}"
+            require(
+                isinstance(values, tuple) and all(_finite(v) for v in values),
+                "coefficients",
+                f"{where} must be finite numbers",
+            )
+            if full == 1 or plan.trigger:
+                require(not values, "coefficients", f"{where} must be empty, because the step computes")
+                computed[k] += 1
+            else:
+                parts = plan.parts(k)
+                each = f" for each of {parts} parts" if parts > 1 else ""
+                require(
+                    len(values) % parts == 0 and 0 < len(values) // parts <= computed[k],
+                    "coefficients",
+                    f"{where} must be 1 to {computed[k]} numbers, one an anchor{each}",
+                )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -1,0 +1,1 @@
+"""Runs what is compiled, and remembers what the denoiser is called with."""

@@ -1,0 +1,89 @@
+"""One call of a denoiser in canonical form: its tensors by path, everything else as the signature."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dcc.errors import CaptureError
+
+CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one denoiser call: the tensors by path, and everything else as the signature.
+
+    `names[i]` is a readable path such as `hidden_states` or `added_cond_kwargs.time_ids`. `signature` is hashable and
+    equal for calls that one graph can serve, up to shapes.
+    """
+
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    constants: dict[str, Any]
+    spec: pytree.TreeSpec
+    leaf_names: tuple[str, ...]
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        kinds = tuple((t.dim(), t.dtype, t.device) for t in self.tensors)
+        return self.names, kinds, tuple(self.constants.items())
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of its tensors."""
+        return tuple(tuple(tensor.shape) for tensor in self.tensors)
+
+    def arguments(self, tensors: tuple[Tensor, ...] | None = None) -> dict[str, Any]:
+        """The keyword arguments again, with other tensors if given."""
+        values = dict(zip(self.names, self.tensors if tensors is None else tensors, strict=True)) | self.constants
+        return pytree.tree_unflatten([values[name] for name in self.leaf_names], self.spec)
+
+    def contiguous(self) -> Call:
+        """The same call with dense tensors, as lowered code expects; copies only what is not dense."""
+        return replace(self, tensors=tuple(tensor.contiguous() for tensor in self.tensors))
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_tensors: frozenset[str]) -> Call:
+    """Canonical form of `module(*args, **kwargs)`: positional and keyword spellings give the same call.
+
+    `as_tensors` names numeric arguments to pass as tensors because they change from step to step. Raises TypeError
+    as the module's forward would, and CaptureError for a value that is neither tensor, number, string, list nor dict.
+    """
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(value)
+        elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            if value:
+                raise CaptureError(
+                    f"{type(module).__name__}.forward takes {name!r} by position only; name its parameters"
+                )
+        else:
+            arguments[name] = value
+    leaves, spec = pytree.tree_flatten_with_path(arguments)
+    names, tensors, tensor_names, constants = [], [], [], {}
+    for path, value in leaves:
+        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        names.append(name)
+        if name in as_tensors and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
+        if isinstance(value, Tensor):
+            tensor_names.append(name)
+            tensors.append(value)
+        elif isinstance(value, CONSTANTS):
+            constants[name] = value
+        else:
+            raise CaptureError(
+                f"argument {name!r} of {type(module).__name__} is a {type(value).__name__}; "
+                "dcc takes tensors, numbers, strings, and lists or dicts of them"
+            )
+    return Call(tuple(tensor_names), tuple(tensors), constants, spec, tuple(names))

@@ -1,0 +1,132 @@
+"""Records one real run: how often and with what the denoiser is called, and which inputs move from step to step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcc.errors import CaptureError
+from dcc.record.call import Call, bind
+from dcc.record.seam import DenoiserProxy
+
+MAX_STREAMS = 3  # an input that takes more distinct values than this in a run moves with the steps
+
+
+class StopAfterFirstCall(Exception):
+    """Ends a run whose first denoiser call was all that was wanted."""
+
+
+@dataclass
+class Recording:
+    """What one run showed. `levels` are the timestep values of the first stream's calls, in order.
+
+    `time` is the path of the input that carries the noise level (None where none does), `varying` the tensors that
+    change from step to step, `keys` the prompt-side tensors whose identity is stable within a run, `calls` the number
+    of denoiser calls. `first` is the first call.
+    """
+
+    first: Call
+    calls: int
+    time: str | None
+    levels: tuple[float, ...]
+    varying: frozenset[str]
+    keys: tuple[str, ...]
+    as_tensors: frozenset[str]
+    guided: bool = False  # at every call both halves of the batch hold equal samples; prompt-side inputs differ
+
+
+@dataclass
+class _Input:
+    """Distinct values of one input over a run, at most MAX_STREAMS + 1 of them, and its scalar value per call."""
+
+    originals: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    scalars: list[float | None] = field(default_factory=list)
+    which: list[int] = field(default_factory=list)  # per call, the index of its value among `values`
+    stable: bool = True
+    halves: bool = True  # equal in every call
+
+    def see(self, tensor: Tensor) -> None:
+        self.scalars.append(_scalar(tensor))
+        self.halves &= tensor.dim() > 1 and len(tensor) % 2 == 0 and torch.equal(*tensor.chunk(2))
+        for index, (original, value) in enumerate(zip(self.originals, self.values, strict=True)):
+            if value.shape == tensor.shape and torch.equal(value, tensor):
+                self.stable &= original.data_ptr() == tensor.data_ptr()
+                self.which.append(index)
+                return
+        self.which.append(len(self.values))
+        if len(self.values) <= MAX_STREAMS:
+            self.originals.append(tensor)
+            self.values.append(tensor.clone())
+
+
+class Recorder(DenoiserProxy):
+    """Stands in for the denoiser during one run and remembers its calls."""
+
+    def __init__(self, original: nn.Module, only_first: bool = False) -> None:
+        super().__init__(original)
+        self.only_first = only_first
+        self.first: Call | None = None
+        self.contexts: list[str | None] = []
+        self.numbers: dict[str, set[float]] = {}
+        self.inputs: dict[str, _Input] = {}
+        self.calls = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = bind(self.original, args, kwargs, frozenset())
+        if self.first is None:
+            self.first = call
+            if self.only_first:
+                raise StopAfterFirstCall
+        self.calls += 1
+        self.contexts.append(self.position.name if self.position else None)
+        for name, value in call.constants.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self.numbers.setdefault(name, set()).add(value)
+                self.inputs.setdefault(name, _Input()).see(torch.tensor(float(value)))
+        for name, tensor in zip(call.names, call.tensors, strict=True):
+            self.inputs.setdefault(name, _Input()).see(tensor)
+        return self.original(*args, **kwargs)
+
+    def result(self) -> Recording:
+        """The run as a Recording. Raises CaptureError where the denoiser was never called."""
+        if self.first is None:
+            raise CaptureError(f"the run never called the denoiser ({type(self.original).__name__})")
+        as_tensors = frozenset(name for name, values in self.numbers.items() if len(values) > 1)
+        time, scalars = self._time()
+        steps = len(set(scalars)) or self.calls
+        per_step = math.ceil(self.calls / steps)
+        seen = {n: i for n, i in self.inputs.items() if n in self.first.names or n in as_tensors}
+        varying = frozenset(name for name, i in seen.items() if len(i.values) > min(per_step, MAX_STREAMS))
+        fixed = {name: i for name, i in seen.items() if name not in varying}
+        streams = list(zip(self.contexts, *(i.which for i in fixed.values()), strict=True))
+        levels = tuple(level for level, stream in zip(scalars, streams, strict=False) if stream == streams[0])
+        keys = tuple(name for name, i in fixed.items() if i.stable)
+        sides = [i.halves for n, i in fixed.items() if i.values[0].dim() > 1 and len(i.values[0]) % 2 == 0]
+        moving = [seen[name].halves for name in varying if seen[name].values[0].dim() > 1]
+        guided = bool(moving) and all(moving) and not all(sides)
+        return Recording(self.first, self.calls, time, levels, varying, keys, as_tensors, guided)
+
+    def _time(self) -> tuple[str | None, list[float]]:
+        """The scalar input that takes the most values, and its value at each call."""
+        candidates = {
+            name: [s for s in i.scalars if s is not None]
+            for name, i in self.inputs.items()
+            if all(s is not None for s in i.scalars) and len(set(i.scalars)) > 1
+        }
+        if not candidates:
+            return None, []
+        name = max(candidates, key=lambda n: len(set(candidates[n])))
+        return name, candidates[name]
+
+
+def _scalar(tensor: Tensor) -> float | None:
+    """The value of a tensor of at most one dimension whose elements are all equal, else None."""
+    if tensor.dim() > 1 or tensor.numel() == 0 or tensor.is_complex():
+        return None
+    first = tensor.flatten()[0]
+    return float(first) if bool((tensor == first).all()) else None

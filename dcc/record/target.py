@@ -1,0 +1,325 @@
+"""What dcc compiles: a diffusers pipeline's denoiser, or a bare module with its own sampling loop.
+
+The only file of the compiler that knows diffusers. It finds the denoiser by the attribute names that diffusers
+pipelines share, runs the loop for recordings, and swaps the denoiser in and out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dcc.errors import AlreadyCompiledError, PeerCacheError, PipelineError, PromptError
+from dcc.record.recorder import Recorder, StopAfterFirstCall
+from dcc.record.seam import DenoiserProxy
+
+DENOISER_NAMES = ("transformer", "unet")
+PEER_MARKS = ("_is_cached", "is_cache_enabled", "enable_teacache")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Final samples of n prompts, float32 on the CPU.
+
+    `images` [n, ...] is what the caller gets, e.g. pixels in [0, 1]; `raw` the same before the final clamp (equal to
+    `images` where the loop does not show it); `state` [n, ...] the sampler's last state, None where it is not shown.
+    """
+
+    images: Tensor
+    raw: Tensor
+    state: Tensor | None = None
+
+    @staticmethod
+    def concatenate(parts: Sequence[Samples]) -> Samples:
+        """The samples of several batches as one."""
+        states = [part.state for part in parts if part.state is not None]
+        return Samples(
+            torch.cat([part.images for part in parts]),
+            torch.cat([part.raw for part in parts]),
+            torch.cat(states) if len(states) == len(parts) else None,
+        )
+
+
+class PipelineTarget:
+    """A DiffusionPipeline whose denoiser is compiled in place."""
+
+    data_range = 1.0  # of its decoded samples
+    batches = True  # several prompts may share a run
+
+    def __init__(self, pipe: Any, call_kwargs: dict[str, Any]) -> None:
+        self.pipe, self.call_kwargs = pipe, call_kwargs
+        self.name = _denoiser_name(pipe)
+
+    @property
+    def module(self) -> nn.Module:
+        return getattr(self.pipe, self.name)
+
+    @property
+    def scheduler(self) -> str:
+        return type(self.pipe.scheduler).__name__
+
+    def sample(self, prompts: Sequence[Any]) -> None:
+        """One sampling run; several prompts make a batch. Decoding is left out where the pipeline can."""
+        self._run(prompts, {"output_type": "latent", "generator": torch.Generator("cpu").manual_seed(0)})
+
+    def generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Samples:
+        """The final samples of a batch of prompts; the noise of prompt i comes from seeds[i] alone."""
+        seen: dict[str, Tensor] = {}
+
+        def step_end(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            seen.update({name: value for name, value in values.items() if name == "latents"})
+            return values
+
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        with self._watch_decoded(seen):
+            result = self._run(
+                prompts, {"output_type": "pt", "generator": generators, "callback_on_step_end": step_end}
+            )
+        images = _as_batch(result[0])
+        raw = (seen["decoded"].detach().float().cpu() / 2 + 0.5) if "decoded" in seen else images
+        raw = raw.reshape(images.shape) if raw.numel() == images.numel() else images
+        state = seen["latents"].detach().float().cpu() if "latents" in seen else None
+        return Samples(images, raw, state if state is not None and len(state) == len(images) else None)
+
+    def _run(self, prompts: Sequence[Any], defaults: dict[str, Any]) -> Any:
+        """Calls the pipeline on one prompt or a batch, without its progress bar; returns its outputs as a tuple."""
+        kwargs = defaults | self.call_kwargs | {"return_dict": False}
+        accepted = inspect.signature(self.pipe.__call__).parameters
+        kwargs = {name: value for name, value in kwargs.items() if name in accepted}
+        prompt: Any = prompts[0]
+        if len(prompts) > 1:
+            prompt = list(prompts)
+            texts = [name for name, value in kwargs.items() if "prompt" in name and isinstance(value, str)]
+            kwargs |= {name: [kwargs[name]] * len(prompts) for name in texts}
+        bar = dict(getattr(self.pipe, "_progress_bar_config", {}))
+        self.pipe.set_progress_bar_config(disable=True)
+        try:
+            return self.pipe(prompt, **kwargs)
+        finally:
+            self.pipe.set_progress_bar_config(**bar)
+
+    @contextlib.contextmanager
+    def _watch_decoded(self, seen: dict[str, Tensor]) -> Iterator[None]:
+        """Keeps what the autoencoder decoded, in [-1, 1] but not clamped yet, as seen["decoded"]."""
+        watched = []
+        for owner, name in (("image_processor", "postprocess"), ("video_processor", "postprocess_video")):
+            processor = getattr(self.pipe, owner, None)
+            original = getattr(processor, name, None)
+            if original is None:
+                continue
+
+            def watching(decoded: Tensor, *args: Any, _original: Any = original, **kwargs: Any) -> Any:
+                seen["decoded"] = decoded
+                return _original(decoded, *args, **kwargs)
+
+            setattr(processor, name, watching)
+            watched.append((processor, name))
+        try:
+            yield
+        finally:
+            for processor, name in watched:
+                delattr(processor, name)
+
+    def fewer_steps(self, steps: int) -> PipelineTarget | None:
+        """The same pipeline with another number of steps, None where its call takes no such number."""
+        if "num_inference_steps" not in call_parameters(self.pipe):
+            return None
+        return PipelineTarget(self.pipe, self.call_kwargs | {"num_inference_steps": steps})
+
+    def install(self, module: nn.Module) -> Any:
+        """Puts `module` in the denoiser's place, the pipeline's configuration left as it is; returns the pipeline."""
+        object.__setattr__(self.pipe, self.name, module)
+        return self.pipe
+
+
+class ModuleTarget:
+    """A bare denoiser and the function that runs one sampling loop with it."""
+
+    scheduler = "sample"
+    data_range = None  # only the loop's author knows
+    batches = False
+
+    def __init__(self, module: nn.Module, sample: Callable[[nn.Module, Any], Any]) -> None:
+        self._module, self._current, self._sample = module, module, sample
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    def sample(self, prompts: Sequence[Any]) -> None:
+        """One run of the caller's loop, for the first prompt."""
+        self._sample(self._current, prompts[0])
+
+    def generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Samples:
+        """The final samples of the caller's loop, run once a prompt with torch's global generator at seeds[i].
+
+        Raises PipelineError where the loop returns nothing.
+        """
+        results = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(seed)
+                result = self._sample(self._current, prompt)
+            if result is None:
+                raise PipelineError("sample=fn must return the final sample (tensor, array or image); it returned None")
+            results.append(_as_batch(result))
+        images = torch.cat(results)
+        return Samples(images, images)
+
+    def fewer_steps(self, steps: int) -> None:
+        """A bare loop has its own number of steps."""
+        return None
+
+    def install(self, module: nn.Module) -> Any:
+        """Makes `module` what `sample` runs; returns it."""
+        self._current = module
+        return module
+
+
+Target = PipelineTarget | ModuleTarget
+
+
+def _as_batch(result: Any) -> Tensor:
+    """A final sample as float32 [n, ...] on the CPU; a single image, or a sample without batch, becomes n = 1."""
+    if isinstance(result, (list, tuple)):
+        return torch.cat([_as_batch(item) for item in result])
+    if not isinstance(result, Tensor):
+        array = np.asarray(result)  # PIL images too
+        result = torch.from_numpy(array / 255.0 if array.dtype == np.uint8 else array)
+    result = result.detach().float().cpu()
+    return result if result.dim() >= 4 else result[None]
+
+
+def is_pipeline(model: Any) -> bool:
+    """Whether `model` is a DiffusionPipeline; whoever has one has imported diffusers, so dcc need not."""
+    diffusers = sys.modules.get("diffusers")
+    return diffusers is not None and isinstance(model, diffusers.DiffusionPipeline)
+
+
+def make_target(model: Any, sample: Callable[..., Any] | None, call_kwargs: dict[str, Any]) -> Target:
+    """The target for a pipeline or module. Raises PipelineError where it is neither, or is not in a fit state."""
+    if is_pipeline(model):
+        if sample is not None:
+            raise PipelineError("sample= is for a bare nn.Module; a pipeline brings its own sampling loop")
+        target: Target = PipelineTarget(model, call_kwargs)
+    elif isinstance(model, nn.Module):
+        if sample is None and not isinstance(model, DenoiserProxy):
+            raise PipelineError("a bare nn.Module needs sample=fn, where fn(net, prompt) runs one full sampling loop")
+        if call_kwargs:
+            raise PipelineError(f"a bare nn.Module takes no pipeline arguments: {', '.join(call_kwargs)}")
+        target = ModuleTarget(model, sample or (lambda net, prompt: None))
+    else:
+        raise PipelineError(f"expected a diffusers pipeline or an nn.Module, got {type(model).__name__}")
+    _check_state(target.module)
+    return target
+
+
+def load_pipeline(folder: str) -> Any:
+    """A saved pipeline from its folder."""
+    from diffusers import DiffusionPipeline  # only where no caller brings a pipeline, and so diffusers, along
+
+    return DiffusionPipeline.from_pretrained(folder)
+
+
+def call_parameters(model: Any) -> list[str]:
+    """Names of the arguments that a pipeline's call takes, none for a module."""
+    return list(inspect.signature(model.__call__).parameters) if is_pipeline(model) else []
+
+
+def check_prompts(prompts: Any, text: bool) -> list[Any]:
+    """The calibration prompts as a list. Raises PromptError unless they are a non-empty list (of strings if `text`)."""
+    if prompts is None or isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        raise PromptError(f"calib_prompts must be a list, e.g. ['a red circle']; got {type(prompts).__name__}")
+    if not prompts:
+        raise PromptError("calib_prompts is empty; give at least one prompt like those you will serve")
+    for index, prompt in enumerate(prompts):
+        if text and not isinstance(prompt, str):
+            raise PromptError(f"calib_prompts[{index}] is a {type(prompt).__name__}, not a string")
+    return list(prompts)
+
+
+@contextlib.contextmanager
+def installed(target: Target, net: nn.Module) -> Iterator[None]:
+    """`net` in the denoiser's place; the original is back at the end, whatever happens."""
+    original = target.module
+    target.install(net)
+    try:
+        yield
+    finally:
+        target.install(original)
+
+
+@contextlib.contextmanager
+def recording(target: Target, only_first: bool = False) -> Iterator[Recorder]:
+    """A Recorder in the denoiser's place; the original is back at the end, whatever happens."""
+    recorder = Recorder(target.module, only_first)
+    try:
+        with installed(target, recorder), torch.no_grad(), torch.random.fork_rng():
+            yield recorder
+    except StopAfterFirstCall:
+        pass
+
+
+def denoiser_of(model: Any) -> Any:
+    """The denoiser of a pipeline; anything else as it is."""
+    return getattr(model, _denoiser_name(model)) if is_pipeline(model) else model
+
+
+def restore_target(model: Any) -> Any:
+    """The original denoiser back: returns the pipeline, or the original of a compiled module."""
+    current = denoiser_of(model)
+    if isinstance(current, DenoiserProxy):
+        if not is_pipeline(model):
+            return current.original
+        object.__setattr__(model, _denoiser_name(model), current.original)
+        return model
+    if is_pipeline(model):
+        raise PipelineError(f"pipe.{_denoiser_name(model)} is not compiled by dcc; there is nothing to restore")
+    raise PipelineError(
+        f"expected a compiled pipeline or module, got {type(model).__name__}, which dcc has not compiled"
+    )
+
+
+def _denoiser_name(pipe: Any) -> str:
+    for name in DENOISER_NAMES:
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
+    raise PipelineError(
+        f"{type(pipe).__name__} has no denoiser under {' or '.join(DENOISER_NAMES)}; its components are: "
+        f"{', '.join(pipe.components)}. Compile the module itself with dcc.compile(net, prompts, sample=fn)"
+    )
+
+
+def _check_state(module: nn.Module) -> None:
+    """Refuses a denoiser that is compiled already, or that another cache patches (DESIGN contract 9)."""
+    name = type(module).__name__
+    if isinstance(module, DenoiserProxy):
+        raise AlreadyCompiledError(
+            f"{name} is compiled by dcc already; dcc.restore it first, then compile with new settings"
+        )
+    marks = [mark for mark in PEER_MARKS if getattr(module, mark, None)]
+    for path, part in module.named_modules():
+        where = path or name
+        registry = getattr(part, "_diffusers_hook", None)
+        marks += [f"hook {hook!r} on {where}" for hook in getattr(registry, "hooks", {})]
+        if "forward" in vars(part) and registry is None:  # diffusers leaves an empty registry when hooks are removed
+            marks.append(f"a replaced forward on {where}")
+    if marks:
+        found = ", ".join(marks[:3]) + (", ..." if marks[3:] else "")
+        raise PeerCacheError(
+            f"another cache, patch or offload is active on {name} ({found}); two caches would feed each other stale "
+            "features, and a hooked module cannot be captured. Take it off (diffusers: disable_cache(), cache-dit: "
+            "disable_cache(pipe), accelerate: remove_all_hooks()) and compile again"
+        )
+    if hasattr(module, "_orig_mod"):
+        raise PipelineError(f"{name} is wrapped by torch.compile; give dcc the module itself, it compiles it")
+    if module.training:
+        raise PipelineError(f"{name} is in training mode; call .eval() on it first")

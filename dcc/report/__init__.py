@@ -1,0 +1,1 @@
+"""What an evaluation measured, for people and for programs."""

@@ -1,0 +1,377 @@
+"""Runs the same prompts and seeds uncached and through several plans, and reports time and fidelity of each."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcc.compiler import check_plan, compile, cost
+from dcc.discover.sites import find_sites
+from dcc.errors import PipelineError, PolicyError
+from dcc.lower.program import check_backend
+from dcc.plans.plan import Plan
+from dcc.policies import Setting, make_policy, parameter_names
+from dcc.policies.setting import plan_for, setting_of
+from dcc.quality import are_images, frames, psnr, spread, ssim
+from dcc.record.seam import DenoiserProxy
+from dcc.record.target import (
+    PipelineTarget,
+    Samples,
+    Target,
+    call_parameters,
+    check_prompts,
+    denoiser_of,
+    is_pipeline,
+    make_target,
+    restore_target,
+)
+from dcc.report.report import Report, Row
+from dcc.serve.denoiser import CompiledDenoiser
+from dcc.text import count
+
+LONGEST_NAME = 48  # characters of a made-up name
+UNCACHED = "uncached"
+SHARED = ("sites", "anchors", "rows", "forms", "trigger")  # plans equal in these share their variants
+
+Wanted = Plan | tuple[str, dict[str, Any]]
+
+
+def evaluate(
+    model: Any,
+    plans_or_policies: Any,
+    prompts: Sequence[Any],
+    *,
+    sample: Callable[[nn.Module, Any], Any] | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    backend: str = "inductor",
+    data_range: float | None = None,
+    shown: int = 4,
+    progress: Callable[[str], None] | None = None,
+    **pipeline_kwargs: Any,
+) -> Report:
+    """Compares plans and policies with the uncached model, on the same prompts and seeds.
+
+    The reference is the plan that computes every step, through the same backend. Each prompt goes through the reference
+    and every plan in turn, after one warm-up run of each, so that whatever else the machine does slows all alike. A
+    plan that does not fit or fails is a row of the report with its error; the others go on.
+
+    Args:
+        model: a DiffusionPipeline or an nn.Module, compiled by dcc or not; it is left as it was.
+        plans_or_policies: a dict of names to, or a list of: a Plan, the name of a policy, or
+            (name of a policy, its parameters), e.g. {"fast": ("taylorseer", {"interval": 6}), "mine": plan}.
+        prompts: what to sample; the noise of prompt i comes from seed + i alone.
+        sample: for a bare module: sample(net, prompt) runs one sampling loop with `net` and returns the final sample
+            (tensor, array or image of any shape).
+        batch_size: prompts a run that measures quality, 1 if not given. Time is always measured with single prompts:
+            all of them, or the first of each batch.
+        backend: "inductor" or "eager".
+        data_range: the range of PSNR and SSIM. Default: 1 for the images of a pipeline, otherwise the distance from
+            the lowest to the highest value of each prompt's reference sample.
+        shown: prompts whose pictures the report keeps and shows, besides the worst of each plan.
+        progress: called with one line, "what: detail", before each piece of work.
+        pipeline_kwargs: arguments of the pipeline's call (num_inference_steps, height, ...).
+
+    Raises a subclass of DccError for malformed arguments before any work, and where the model cannot be run uncached.
+    """
+    say = progress or (lambda line: None)
+    wanted = named(plans_or_policies)
+    prompts = _check(model, prompts, batch_size, backend, data_range, pipeline_kwargs)
+    with _uncompiled(model) as original, torch.no_grad():
+        base = _uncached(original, prompts, sample, backend, say, pipeline_kwargs)
+        target = make_target(original, sample, pipeline_kwargs)
+        reference = Arm(Row(UNCACHED, base.plan), base)
+        captured, run = base.families[0].captured, base.recording
+        sites = find_sites(captured, run.first)
+        setting = setting_of(target, run, captured, sites, prompts, seed=seed, progress=say)
+        arms: list[Arm] = []
+        for name, value in wanted.items():
+            arms.append(_prepare(name, value, base, [arm.net for arm in arms if arm.net], setting, target, say))
+        scoring = _Scoring(data_range, is_pipeline(model), shown)
+        _take_turns(target, reference, arms, prompts, seed, batch_size or 1, scoring, say)
+    for arm in (reference, *arms):
+        arm.count()
+    facts = _facts(base, prompts, seed, batch_size or 1)
+    return Report(reference.row, [arm.row for arm in arms], [str(prompt) for prompt in prompts], facts, shown)
+
+
+def named(plans_or_policies: Any) -> dict[str, Wanted]:
+    """Plans and (policy, parameters) by name. Raises PolicyError, naming the entry, for anything else."""
+    how = "a dcc.Plan, the name of a policy, or (name, {parameter: value})"
+    if isinstance(plans_or_policies, Mapping):
+        entries = [(str(name), value) for name, value in plans_or_policies.items()]
+    elif isinstance(plans_or_policies, Sequence) and not isinstance(plans_or_policies, str):
+        entries = [("", value) for value in plans_or_policies]
+    else:
+        got = type(plans_or_policies).__name__
+        raise PolicyError(f"plans_or_policies must be a list, or a dict of names to entries, each {how}; got {got}")
+    if not entries:
+        raise PolicyError(f"plans_or_policies is empty; give at least one entry: {how}")
+    found: dict[str, Wanted] = {}
+    for index, (name, value) in enumerate(entries):
+        value = (value, {}) if isinstance(value, str) else value
+        if isinstance(value, Plan):
+            policy, parameters = value.policy, value.parameters
+        elif isinstance(value, Sequence) and [type(v) for v in value] == [str, dict]:
+            policy, parameters = value
+            known = parameter_names(policy)
+            unknown = [key for key in parameters if key not in known]
+            if unknown:
+                raise PolicyError(
+                    f"entry {name or index}: policy {policy!r} takes no parameter {', '.join(map(repr, unknown))}; "
+                    f"it takes: {', '.join(known)}"
+                )
+            value = (policy, dict(parameters))
+        else:
+            raise PolicyError(f"entry {name or index} of plans_or_policies must be {how}; got {value!r:.80}")
+        name = name or _made_up(policy, parameters)
+        repeats = sum(other == name or other.startswith(f"{name} #") for other in found)
+        found[f"{name} #{repeats + 1}" if repeats else name] = value
+    if UNCACHED in found:
+        raise PolicyError(f"the name {UNCACHED!r} is taken by the reference; choose another")
+    return found
+
+
+@dataclass
+class Arm:
+    """One of the things compared: its row of the report, and the denoiser for its plan, None where that failed."""
+
+    row: Row
+    net: CompiledDenoiser | None = None
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """A failure inside becomes the row's error: one plan that fails must not cost the results of the others."""
+        try:
+            yield
+        except Exception as error:  # whatever a plan, a loop or a backend raises
+            message = str(error).strip() or "no message"
+            self.row.error = f"{what}: {type(error).__name__}: {message}"
+
+    def run(self, target: Target, prompts: Sequence[Any], seeds: Sequence[int]) -> tuple[Samples, float]:
+        """The samples of one batch and its seconds; once more where a new shape had to be lowered on the way."""
+        target.install(self.net)
+        for _ in range(2):
+            lowered = len(self.net.programs)
+            start = time.perf_counter()
+            samples = target.generate(prompts, seeds)  # ends with a copy to the CPU, which waits for the device
+            seconds = time.perf_counter() - start
+            if len(self.net.programs) == lowered:
+                break
+        return samples, seconds
+
+    def turn(self, target: Target, prompts: Sequence[Any], seeds: Sequence[int]) -> Samples:
+        """The samples of a batch; the clock runs for its first prompt alone."""
+        samples, seconds = self.run(target, prompts[:1], seeds[:1])
+        self.row.seconds.append(seconds)
+        return samples if len(prompts) == 1 else self.run(target, prompts, seeds)[0]
+
+    def count(self) -> None:
+        """Copies to the row what the denoiser counted in all runs, and what did not go as asked."""
+        if self.net is None:
+            return
+        summary, row = self.net.summary(), self.row
+        row.computed, row.forecast, row.missed = summary.computed, summary.forecast, summary.missed
+        row.cache_bytes = summary.cache_bytes
+        row.realised = summary.speedup if row.plan is not None and row.plan.trigger else None
+        saves_nothing = "this plan computes every step"
+        row.notes += [p for p in summary.problems if row.name != UNCACHED or not p.startswith(saves_nothing)]
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """How samples are scored: in which range (the caller's, that of pixels, or that of the reference sample), and how
+    many are shown."""
+
+    given: float | None
+    of_pipeline: bool
+    shown: int
+
+    def range_of(self, reference: Tensor) -> float:
+        if self.given is not None:
+            return self.given
+        return 1.0 if self.of_pipeline and are_images(reference) else spread(reference)
+
+
+def _uncached(
+    model: Any, prompts: list[Any], sample: Any, backend: str, say: Callable[[str], None], call: dict[str, Any]
+) -> CompiledDenoiser:
+    """The denoiser compiled for the plan that computes every step; `model` itself is as before."""
+    compiled = compile(
+        model,
+        prompts,
+        policy="interval",
+        interval=1,
+        sample=sample,
+        backend=backend,
+        progress=lambda line: say(f"{UNCACHED}: {line}"),
+        **call,
+    )
+    net = denoiser_of(compiled)
+    if is_pipeline(model):
+        restore_target(model)
+    return net
+
+
+def _prepare(
+    name: str,
+    wanted: Wanted,
+    base: CompiledDenoiser,
+    others: Sequence[CompiledDenoiser],
+    setting: Setting,
+    target: Target,
+    say: Callable[[str], None],
+) -> Arm:
+    """Plans, rewrites and lowers one entry on the reference's capture and recording.
+
+    Variants are pure functions of (sites, anchors, row): what one of the `others` has lowered already serves again.
+    """
+    arm = Arm(Row(name, wanted if isinstance(wanted, Plan) else None))
+    with arm.attempt("planning"):
+        say(f"{name}: planning")
+        plan = wanted if isinstance(wanted, Plan) else _planned(*wanted, setting, base, target)
+        check_plan(plan, base.recording, target)
+        arm.row.plan = plan = cost(plan, setting.sites)
+        net = base.with_plan(plan)
+        for other in others:
+            if all(getattr(plan, part) == getattr(other.plan, part) for part in SHARED):
+                net.__dict__.update(families=other.families, programs=other.programs)
+        net.warm(base.recording.first, lambda line: say(f"{name}: {line}"))
+        arm.net = net
+    return arm
+
+
+def _planned(policy: str, parameters: dict[str, Any], setting: Setting, base: CompiledDenoiser, target: Target) -> Plan:
+    decided = make_policy(policy, setting, parameters)
+    return plan_for(decided, setting, base.recording, target, policy, parameters)
+
+
+def _take_turns(
+    target: Target,
+    reference: Arm,
+    arms: Sequence[Arm],
+    prompts: Sequence[Any],
+    seed: int,
+    size: int,
+    scoring: _Scoring,
+    say: Callable[[str], None],
+) -> None:
+    """A warm-up of all; then every batch through the reference and through each arm that has not failed."""
+    say(f"warm-up: {UNCACHED}")
+    reference.run(target, prompts[:1], [seed])
+    for arm in (arm for arm in arms if not arm.row.error):
+        say(f"warm-up: {arm.row.name}")
+        with arm.attempt("warm-up"):
+            arm.run(target, prompts[:1], [seed])
+    for first in range(0, len(prompts), size):
+        batch = prompts[first : first + size]
+        seeds = [seed + first + i for i in range(len(batch))]
+        say(f"prompts: {first + 1} of {len(prompts)}, {UNCACHED}")
+        truth = reference.turn(target, batch, seeds)
+        if not bool(truth.images.isfinite().all()):
+            raise PipelineError(
+                f"the uncached sample of prompt {first + 1} has values that are not finite; there is nothing to "
+                "compare with. Check the dtype and the arguments of the call"
+            )
+        for arm in (arm for arm in arms if not arm.row.error):
+            say(f"prompts: {first + 1} of {len(prompts)}, {arm.row.name}")
+            with arm.attempt(f"prompt {first + 1}"):
+                _score(arm.row, arm.turn(target, batch, seeds), truth, scoring)
+
+
+def _score(row: Row, own: Samples, truth: Samples, scoring: _Scoring) -> None:
+    """Adds PSNR, SSIM and, of the first prompts and the worst, the pictures of a batch to a row."""
+    if own.images.shape != truth.images.shape:
+        raise ValueError(f"the sample is {list(own.images.shape)}, the uncached one {list(truth.images.shape)}")
+    if not bool(own.images.isfinite().all()):
+        raise ValueError("the sample has values that are not finite")
+    visible = are_images(truth.images)
+    for i in range(len(own.images)):
+        image, raw, reference, reference_raw = (
+            part[i : i + 1] for part in (own.images, own.raw, truth.images, truth.raw)
+        )
+        data_range = scoring.range_of(reference)
+        row.psnr += psnr(image, reference, data_range)
+        row.psnr_raw += psnr(raw, reference_raw, data_range)
+        if visible:
+            row.ssim += ssim(image, reference, data_range)
+            row.ssim_raw += ssim(raw, reference_raw, data_range)
+            row.keep(len(row.psnr) - 1, picture(reference), picture(image), scoring.shown)
+
+
+def picture(sample: Tensor) -> Tensor:
+    """One image of a sample [1, ...], of a video its middle frame: float16 [3, h, w] in [0, 1]."""
+    shown = frames(sample)
+    shown = shown[0, shown.shape[1] // 2].expand(3, -1, -1)
+    return ((shown + 1) / 2 if float(sample.min()) < 0 else shown).clamp(0, 1).half()
+
+
+@contextmanager
+def _uncompiled(model: Any) -> Iterator[Any]:
+    """The model with its original denoiser; a pipeline gets back at the end what it had, whatever happens."""
+    installed = denoiser_of(model)
+    original = restore_target(model) if isinstance(installed, DenoiserProxy) else model
+    try:
+        yield original
+    finally:
+        if is_pipeline(model):
+            PipelineTarget(model, {}).install(installed)
+
+
+def _made_up(policy: str, parameters: Mapping[str, Any]) -> str:
+    """taylorseer interval=4 order=1, cut where it gets long; a steps mask as digits."""
+
+    def short(value: Any) -> str:
+        return "".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    text = " ".join([policy, *(f"{name}={short(value)}" for name, value in parameters.items())])
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…"
+
+
+def _check(
+    model: Any, prompts: Any, batch_size: int | None, backend: str, data_range: float | None, call: Mapping[str, Any]
+) -> list[Any]:
+    """The prompts as a list. Raises PromptError, LoweringError or PipelineError for malformed arguments."""
+    checked = check_prompts(prompts, text=is_pipeline(model))
+    check_backend(backend)
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise PipelineError(f"batch_size={batch_size!r} must be a whole number of 1 or more")
+    if data_range is not None and not data_range > 0:
+        raise PipelineError(f"data_range={data_range!r} must be more than 0")
+    unknown = [name for name in call if name not in call_parameters(model)]
+    if unknown:
+        raise PipelineError(
+            f"unknown keyword {', '.join(map(repr, unknown))}: not an argument of the pipeline's call. Parameters of a "
+            "policy go beside its name: ('taylorseer', {'interval': 4})"
+        )
+    return checked
+
+
+def _facts(net: CompiledDenoiser, prompts: Sequence[Any], seed: int, size: int) -> dict[str, str]:
+    """What a reader must know to judge the numbers, by name."""
+    weight = next(net.original.parameters(), torch.empty(0))
+    if weight.is_cuda:
+        device = torch.cuda.get_device_name(weight.device)
+    else:
+        device = f"{weight.device.type}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "denoiser": type(net.original).__name__,
+        "scheduler": f"{net.plan.scheduler}, {net.plan.steps} steps",
+        "prompts": f"{count(len(prompts), 'prompt')}, seeds from {seed}",
+        "batch": f"1 for time, {size} for quality",
+        "backend": net.backend,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": device,
+        "CPU threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }

@@ -1,0 +1,243 @@
+"""What the solver is given: the runs, costs and candidate plans of one denoiser, for one budget."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcc.capture.captured import Captured
+from dcc.discover.sites import Sites
+from dcc.errors import BudgetError, ProfileError
+from dcc.measure.profile import Profile
+from dcc.plans.plan import Plan, make_plan
+from dcc.plans.predictors import Predictor
+from dcc.record.fingerprint import fingerprint
+from dcc.record.recorder import Recording
+from dcc.record.seam import DenoiserProxy
+from dcc.record.target import Target, installed
+from dcc.search.closed_loop import Candidate, ClosedLoop, prepare
+from dcc.search.proposals import propose
+from dcc.search.solver import EFFORTS, Goal, Problem, solve, split
+from dcc.serve.denoiser import CompiledDenoiser, Family
+from dcc.variants.build import build, cost
+from dcc.variants.observe import Observer
+
+DEFAULT_EFFORT = "normal"
+DEFAULT_QUALITY = 35.0  # dB; differences are then hard to see side by side
+SITES = ("output", "hidden", "stack", "cut:0")  # whole-model sites that the search compares
+SMALL = 50e9  # FLOPs of a call up to which prompts are run in batches: a small model gains, a large one needs memory
+BATCH = 8
+TIMED_RUNS = 3
+
+
+@dataclass
+class Subject:
+    """A recorded and captured denoiser that a plan is wanted for."""
+
+    target: Target
+    run: Recording
+    captured: Captured
+    sites: Sites
+    backend: str
+    families: dict[Any, Family] = field(default_factory=dict)
+
+    def plan(self, candidate: Candidate, coefficients: dict[int, list[float]]) -> Plan:
+        """A candidate as a Plan with its costs."""
+        schedule = [[full] for full in candidate.mask]
+        plan = make_plan(
+            model=fingerprint(self.target.module),
+            scheduler=self.target.scheduler,
+            levels=self.run.levels,
+            sites=[candidate.site],
+            schedule=schedule,
+            predictors=[_Given(coefficients)],
+            policy="solver",
+            parameters={},
+        )
+        return cost(plan, self.sites)
+
+    def usual_errors(
+        self, candidate: Candidate, coefficients: dict[int, list[float]], loop: ClosedLoop
+    ) -> dict[int, list[float]]:
+        """Per step the forecast errors that the guard would see at the candidate's anchors, of every sample."""
+        errors: dict[int, list[float]] = {}
+        net = self.net(candidate, coefficients)
+        net.__dict__["guard"] = errors
+        for batch in loop.batches:
+            loop.generate(net, batch)
+        return errors
+
+    def net(
+        self, candidate: Candidate, coefficients: dict[int, list[float]], backend: str = "eager"
+    ) -> CompiledDenoiser:
+        """A denoiser that runs the candidate; candidates of the same site, rows and anchor count share their graphs."""
+        plan = self.plan(candidate, coefficients)
+        key = (plan.sites, tuple(plan.rows), plan.anchors)
+        if key not in self.families:
+            self.families[key] = build(self.captured, plan, Observer(), self.sites)
+        net = CompiledDenoiser(self.target.module, plan, self.run, lambda c, p: build(c, p, Observer()), backend)
+        net.families.append(self.families[key])
+        return net
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Coefficients that are known already, in a predictor's place."""
+
+    values: dict[int, list[float]]
+
+    def coefficients(self, step: int, anchors: Sequence[int]) -> list[float]:
+        return self.values[step]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A goal as the user names it; `latency` in milliseconds becomes a speed-up once a run has been timed."""
+
+    goal: Goal | None
+    latency: float | None
+    cache_bytes: int | None
+    effort: str
+
+
+def budget_of(
+    speedup: float | None,
+    quality: float | None,
+    latency: float | None,
+    cache_bytes: int | None,
+    effort: str,
+    prompts: Sequence[Any],
+) -> Budget:
+    """The budget named by compile's keywords; the default quality where none is.
+
+    Raises BudgetError for bad ones and PromptError for too few prompts, before any work.
+    """
+    named = [n for n, v in {"speedup": speedup, "quality": quality, "latency": latency}.items() if v is not None]
+    if len(named) > 1:
+        raise BudgetError(f"{' and '.join(named)} are two budgets; name one (cache_bytes combines with any)")
+    if effort not in EFFORTS:
+        raise BudgetError(f"unknown effort {effort!r}; there are: {', '.join(EFFORTS)}")
+    if latency is not None:
+        if isinstance(latency, bool) or not isinstance(latency, (int, float)) or not latency > 0:
+            raise BudgetError(f"latency={latency!r} must be a positive number of milliseconds")
+    goal = Goal(speedup, quality if named else DEFAULT_QUALITY, cache_bytes) if latency is None else None
+    split(prompts)
+    return Budget(goal, latency, cache_bytes, effort)
+
+
+def plan_within(
+    subject: Subject,
+    budget: Budget,
+    prompts: Sequence[Any],
+    *,
+    seed: int,
+    data_range: float | None,
+    progress: Callable[[str], None],
+    profile: Profile | None = None,
+) -> Plan:
+    """The best plan for a budget, searched on `prompts`; the noise of prompt i comes from seed + i."""
+    fitting, held_back = split(prompts)
+    if profile is not None:
+        profile.check(subject.target.module, subject.target.scheduler)
+        if profile.steps != len(subject.run.levels):
+            raise ProfileError(
+                f"the profile has {profile.steps} steps, this run {len(subject.run.levels)}; calibrate this run"
+            )
+    goal = budget.goal or Goal(_speedup_for(subject, budget, prompts[0], seed, progress), None, budget.cache_bytes)
+    loops = [
+        _loop(subject, [prompts[i] for i in chosen], [seed + i for i in chosen], data_range, traced, progress)
+        for chosen, traced in ((fitting, True), (held_back, False))
+    ]
+    names = [name for name in SITES if name in subject.sites]
+    flow, costs = subject.sites.flow, subject.sites.costs
+    problem = Problem(
+        steps=len(subject.run.levels),
+        flops=subject.sites.flops,
+        forecast_flops={name: flow.flops(costs, subject.sites[name].ports) for name in names},
+        anchor_bytes={name: subject.sites[name].bytes for name in names},
+        fitting=loops[0],
+        held_back=loops[1],
+        plan=subject.plan,
+        fewer=lambda steps: _fewer_steps(loops[1], steps),
+        proposals=lambda site, full: [propose(profile, site, full)] if profile is not None else [],
+        usual_errors=lambda candidate, coefficients: subject.usual_errors(candidate, coefficients, loops[0]),
+    )
+    return solve(problem, goal, budget.effort, seed, progress)
+
+
+def _loop(
+    subject: Subject,
+    prompts: list[Any],
+    seeds: list[int],
+    data_range: float | None,
+    traced: bool,
+    progress: Callable[[str], None],
+) -> ClosedLoop:
+    batch_size = BATCH if subject.sites.flops < SMALL and subject.target.batches else 1
+    return prepare(
+        subject.target,
+        subject.run,
+        subject.net,
+        prompts,
+        seeds,
+        batch_size=batch_size,
+        data_range=data_range,
+        traced=traced,
+        progress=progress,
+    )
+
+
+def _fewer_steps(loop: ClosedLoop, steps: int) -> float | None:
+    """Mean PSNR in dB of simply running this many sampler steps, None where the loop has no such knob."""
+    target = loop.target.fewer_steps(steps)
+    if target is None:
+        return None
+    values: list[float] = []
+    for batch in loop.batches:
+        values += loop.psnr(target.generate(batch.prompts, batch.seeds), batch)
+    return statistics.fmean(values)
+
+
+class _Clock(DenoiserProxy):
+    """Adds up the seconds spent in the denoiser."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.__dict__["seconds"] = 0.0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        outputs = self.original(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.__dict__["seconds"] = self.seconds + time.perf_counter() - start
+        return outputs
+
+
+def _speedup_for(subject: Subject, budget: Budget, prompt: Any, seed: int, progress: Callable[[str], None]) -> float:
+    """The ratio of denoiser FLOPs at which a run takes `latency`, from timed uncached runs on the plan's backend."""
+    whole = Candidate("output", Predictor("copy"), (1,) * len(subject.run.levels))
+    clock = _Clock(subject.net(whole, {}, subject.backend))
+    times = []
+    with installed(subject.target, clock):
+        for index in range(TIMED_RUNS + 1):
+            progress(f"timing uncached runs: {index} of {TIMED_RUNS}")
+            clock.__dict__["seconds"] = 0.0
+            start = time.perf_counter()
+            subject.target.generate([prompt], [seed])
+            times.append((time.perf_counter() - start, clock.seconds))
+    total, denoiser = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    wanted = budget.latency / 1e3
+    rest = total - denoiser
+    if wanted <= rest + denoiser / len(subject.run.levels):
+        raise BudgetError(
+            f"latency={budget.latency:g} ms is out of reach: an uncached run takes {total * 1e3:.0f} ms, of which "
+            f"{rest * 1e3:.0f} ms are outside the denoiser"
+        )
+    return max(1.0, denoiser / (wanted - rest))

@@ -1,0 +1,1 @@
+"""The denoiser that runs a plan: position, schedule, state."""

@@ -1,0 +1,133 @@
+"""Cache state: one `Stream` per request and denoiser call sequence, found by identity, shared with no other."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from dcc.variants.hoisted import Once, held_bytes
+
+MAX_STREAMS = 64  # abandoned generations beyond this many are forgotten, the oldest first
+
+
+@dataclass
+class Stream:
+    """State of one stream of one request: the last step seen and, per site, the anchors with their steps."""
+
+    name: str
+    owners: tuple[Tensor, ...] = ()  # held so that their addresses, which identify the request, are not given again
+    step: float = -1
+    served: list[int] = field(default_factory=list)  # per selector, at other noise levels than the plan's (mapping.due)
+    extra: set[int] = field(default_factory=set)  # steps that the guard has computed besides the planned ones
+    anchors: dict[str, list[tuple[float, tuple[Tensor, ...]]]] = field(default_factory=dict)
+    states: dict[str, Tensor] = field(default_factory=dict)  # of token selection, by the name of the graph input
+    once: dict[Any, Once] = field(default_factory=dict)  # what no step changes, by the shapes of the call
+    watch: Any = None  # a triggered.Watch, where the plan has a trigger
+
+    def keep(self, site: str, step: float, values: tuple[Tensor, ...], limit: int) -> None:
+        """Adds an anchor, newest first, and drops what exceeds `limit`."""
+        self.anchors[site] = [(step, values), *self.anchors.get(site, [])][:limit]
+
+    def forget_extra(self) -> None:
+        """Drops the anchors that the guard added."""
+        for site, kept in self.anchors.items():
+            self.anchors[site] = [(step, values) for step, values in kept if step not in self.extra]
+        self.extra.clear()
+
+    def steps(self, site: str) -> list[float]:
+        """Steps of the site's anchors, newest first."""
+        return [step for step, _ in self.anchors.get(site, [])]
+
+    def bytes(self) -> int:
+        """Bytes of all anchors held."""
+        watched = self.watch.bytes() if self.watch is not None else 0
+        kept = [tensor for anchors in self.anchors.values() for _, values in anchors for tensor in values]
+        kept += self.states.values()
+        return watched + sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+
+@dataclass
+class Counts:
+    """What really happened, over all sessions: denoiser calls per kind."""
+
+    computed: int = 0
+    forecast: int = 0
+    missed: int = 0  # the plan says forecast, but the anchors it needs were not there
+    sessions: int = 0
+    guarded: int = 0  # computed because a prompt was harder than those the plan was made for
+    mapped: int = 0  # at other noise levels than the plan's
+    forgotten: int = 0  # streams dropped because there were more than MAX_STREAMS
+    peak_bytes: int = 0
+    peak_hoisted: int = 0  # bytes of what no step changes, apart from the anchors' peak_bytes
+    prologues: int = 0  # times that was computed
+    regions: int = 0  # compiled regions entered, under a trigger
+    syncs: int = 0  # times a trigger read the device
+    flops: int = 0  # spent under a trigger, per sample, and what the same calls take uncached
+    flops_uncached: int = 0
+
+
+class Sessions:
+    """All live streams of one compiled denoiser. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.streams: OrderedDict[Hashable, Stream] = OrderedDict()
+        self.counts = Counts()
+
+    def open(self, key: Hashable, name: str, owners: Sequence[Tensor], restart: bool) -> Stream:
+        """The stream of this key; a fresh one where there is none or where the run starts over."""
+        with self.lock:
+            if restart:
+                self.streams.pop(key, None)
+            if key not in self.streams:
+                self.streams[key] = Stream(name, tuple(owners))
+                self.counts.sessions += 1
+                while len(self.streams) > MAX_STREAMS:
+                    self.streams.popitem(last=False)
+                    self.counts.forgotten += 1
+            self.streams.move_to_end(key)
+            return self.streams[key]
+
+    def find(self, key: Hashable) -> Stream | None:
+        """The live stream of this key, if any."""
+        with self.lock:
+            return self.streams.get(key)
+
+    def close(self, key: Hashable) -> None:
+        """Forgets a finished stream, and with it its anchors."""
+        with self.lock:
+            self.streams.pop(key, None)
+
+    def close_all(self, owner: Hashable) -> None:
+        """Forgets the streams of an explicit session, finished or not."""
+        with self.lock:
+            for key in [key for key in self.streams if isinstance(key, tuple) and key[0] == owner]:
+                del self.streams[key]
+
+    def count(self, kind: str) -> None:
+        """Adds one call of `kind`: computed, forecast, missed, mapped or guarded."""
+        with self.lock:
+            setattr(self.counts, kind, getattr(self.counts, kind) + 1)
+
+    def add(self, **amounts: int) -> None:
+        """Adds to counters by name."""
+        with self.lock:
+            for name, amount in amounts.items():
+                setattr(self.counts, name, getattr(self.counts, name) + amount)
+
+    def weigh(self) -> None:
+        """Notes the bytes held now; called after anchors were added."""
+        with self.lock:
+            self.counts.peak_bytes = max(self.counts.peak_bytes, sum(s.bytes() for s in self.streams.values()))
+
+    def weigh_hoisted(self) -> None:
+        """Notes a prologue, and the bytes held of what no step changes; called after one has run."""
+        with self.lock:
+            held = sum(held_bytes(stream.once) for stream in self.streams.values())
+            self.counts.peak_hoisted = max(self.counts.peak_hoisted, held)
+            self.counts.prologues += 1

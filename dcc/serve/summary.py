@@ -1,0 +1,109 @@
+"""What a compiled denoiser was planned to do and what it really did, for people and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from dcc.plans.plan import Plan
+from dcc.text import human_bytes, render
+
+if TYPE_CHECKING:
+    from dcc.serve.denoiser import CompiledDenoiser
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counters of a CompiledDenoiser; `problems` says everything that did not go as asked."""
+
+    plan: Plan
+    backend: str
+    variants: int
+    programs: int
+    captures: int
+    captured: str  # where the graphs come from
+    compile_seconds: float
+    computed: int
+    forecast: int
+    missed: int
+    sessions: int
+    cache_bytes: int
+    problems: tuple[str, ...]
+    speedup: float  # of FLOPs: as planned, or, under a trigger, so far
+    syncs: int = 0
+    regions: int = 0
+    hoisted_bytes: int = 0  # of what no step changes, held beside the cache
+    prologues: int = 0  # times that was computed
+
+    @classmethod
+    def of(cls, net: CompiledDenoiser) -> Summary:
+        """The summary of `net` as of now."""
+        counts = net.sessions.counts
+        programs = list(net.programs.values())
+        problems = [
+            f"not exported, cached at its output only: {f.captured.problem}" for f in net.families if f.captured.problem
+        ]
+        problems += [f"variant {p.variant.name} {said}" for p in programs for said in p.problems]
+        if counts.missed:
+            problems.append(f"{counts.missed} planned forecasts were computed, because their anchors were not there")
+        if counts.guarded:
+            problems.append(f"the guard computed {counts.guarded} steps more than planned, for harder prompts")
+        if counts.mapped:
+            problems.append(
+                f"{counts.mapped} calls at other noise levels than the plan's: anchors and coefficients were mapped to "
+                "them; a plan made for this run may be better"
+            )
+        if counts.forgotten:
+            problems.append(f"{counts.forgotten} unfinished generations were forgotten")
+        planned = net.plan.steps - sum(net.plan.steps_mask)
+        if planned == 0 or (net.plan.trigger and counts.computed and not counts.forecast):
+            what = "the trigger has forecast no step so far" if planned else "this plan computes every step"
+            problems.append(f"{what}: it is the original model, nothing is saved")
+        return cls(
+            plan=net.plan,
+            backend=net.backend,
+            variants=len(net.plan.rows),
+            programs=len(programs),
+            captures=len(net.families),
+            captured="; ".join(dict.fromkeys(f.captured.origin for f in net.families)),
+            compile_seconds=sum(p.seconds for p in programs) + net.capture_seconds,
+            computed=counts.computed,
+            forecast=counts.forecast,
+            missed=counts.missed,
+            sessions=counts.sessions,
+            cache_bytes=counts.peak_bytes,
+            problems=tuple(problems),
+            speedup=counts.flops_uncached / counts.flops if counts.flops else net.plan.speedup,
+            syncs=counts.syncs,
+            regions=counts.regions,
+            hoisted_bytes=counts.peak_hoisted,
+            prologues=counts.prologues,
+        )
+
+    def __rich__(self) -> Table:
+        table = Table(show_header=False, box=None, pad_edge=False)
+        calls = self.computed + self.forecast + self.missed
+        rows = {
+            "policy": f"{self.plan.policy}, {self.plan.steps} steps, {sum(self.plan.steps_mask)} of them full",
+            "steps mask": "".join(map(str, self.plan.steps_mask)),
+            "expected": "decided at run time" if self.plan.trigger else f"{self.plan.speedup:.2f}x fewer FLOPs",
+            "calls": f"{calls}: {self.computed} computed, {self.forecast} forecast, "
+            f"{self.missed} missed, in {self.sessions} sessions",
+            "compiled": f"{self.variants} variants, {self.programs} programs ({self.backend}), "
+            f"{self.captures} captures ({self.captured}), {self.compile_seconds:.1f} s",
+            "cache": f"{human_bytes(self.cache_bytes)} at most so far",
+        }
+        if self.hoisted_bytes:
+            rows["hoisted"] = f"{human_bytes(self.hoisted_bytes)} at most so far, computed {self.prologues} times"
+        if self.plan.trigger:
+            rows["so far"] = f"{self.speedup:.2f}x fewer FLOPs, {self.syncs} host reads, {self.regions} regions entered"
+        for name, value in rows.items():
+            table.add_row(name, value)
+        for problem in self.problems:
+            table.add_row("[yellow]note[/]", problem)
+        return table
+
+    def __str__(self) -> str:
+        return render(self)

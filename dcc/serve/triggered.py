@@ -1,0 +1,314 @@
+"""The denoiser of a plan whose trigger decides at run time, for every sample of a batch on its own.
+
+A step runs at most two regions and reads the device at most once: the prefix with its numbers, then the suffix of the
+row that the numbers ask for. Where the samples of a batch want different rows, each row runs for its samples only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcc.capture.captured import Captured
+from dcc.lower.program import Variant
+from dcc.passes.base import Port, anchor_name, seen_name, watch_name, write_name
+from dcc.passes.graph import COEFFICIENTS
+from dcc.plans.plan import Plan, is_full
+from dcc.plans.predictors import Predictor
+from dcc.plans.triggers import Memory, trigger_of
+from dcc.record.call import Call
+from dcc.record.recorder import Recording
+from dcc.serve.denoiser import CompiledDenoiser, Family, batch_of
+from dcc.serve.session import Counts, Stream
+from dcc.variants.trigger_graphs import TriggerGraphs
+
+Chosen = Tensor | None  # indices of the samples a region runs for; None for all
+
+
+@dataclass
+class Ring:
+    """Past values of one thing, newest first, each sample with steps of its own: `steps[i]` are those of sample i."""
+
+    values: list[tuple[Tensor, ...]] = field(default_factory=list)
+    steps: list[list[float]] = field(default_factory=list)
+
+    def keep(self, step: float, values: tuple[Tensor, ...], chosen: Chosen, batch: int, limit: int) -> None:
+        """Adds the values of the chosen samples; those of the others stay what and where they are."""
+        self.steps = self.steps or [[] for _ in range(batch)]
+        for i in range(batch) if chosen is None else chosen.tolist():
+            self.steps[i] = [step, *self.steps[i]][:limit]
+        if chosen is None:
+            self.values = [values, *self.values][:limit]
+            return
+        depth = max(map(len, self.steps))
+        shifted = []
+        for age in range(depth):
+            old = self.values[min(age, len(self.values) - 1)]
+            new = values if age == 0 else tuple(t[chosen] for t in self.values[min(age - 1, len(self.values) - 1)])
+            shifted.append(tuple(o.index_copy(0, chosen, n) for o, n in zip(old, new, strict=True)))
+        self.values = shifted
+
+    def at(self, age: int) -> tuple[Tensor, ...]:
+        """The values `age` steps back; where fewer are there, the oldest."""
+        return self.values[min(age, len(self.values) - 1)]
+
+    def bytes(self) -> int:
+        """Bytes held."""
+        return sum(t.numel() * t.element_size() for values in self.values for t in values)
+
+
+@dataclass
+class Over:
+    """A step that is over but not yet told to the trigger: its numbers may still be on the device."""
+
+    step: int
+    computed: list[bool]
+    known: list[dict[str, float]]
+    unread: dict[str, Tensor]
+
+
+@dataclass
+class Watch:
+    """What a stream keeps for its trigger and its forecasts."""
+
+    memories: list[Memory]
+    rings: dict[str, Ring] = field(default_factory=dict)  # of the cached sites
+    seen: dict[Port, Ring] = field(default_factory=dict)  # of the watched values, at computed steps
+    previous: dict[Port, Tensor] = field(default_factory=dict)
+    over: list[Over] = field(default_factory=list)
+
+    def bytes(self) -> int:
+        """Bytes held."""
+        rings = sum(ring.bytes() for ring in [*self.rings.values(), *self.seen.values()])
+        return rings + sum(t.numel() * t.element_size() for t in self.previous.values())
+
+
+class TriggeredDenoiser(CompiledDenoiser):
+    """See the file's docstring."""
+
+    def __init__(self, original: nn.Module, plan: Plan, *rest: Any) -> None:
+        super().__init__(original, plan, *rest)
+        self.__dict__["trigger"] = trigger_of(plan.trigger)
+        self.__dict__["predictors"] = [Predictor.of(data) for data in plan.predictors]
+
+    def warm(self, call: Call, say: Callable[[str], None]) -> None:
+        """Lowers and checks the start, the prefix, and a row that computes and one that forecasts."""
+        with torch.no_grad():
+            family, stream = self.family(call), Stream("warm")
+            full = family.graphs.full
+            for index, row in enumerate((None, full, self.trigger.sample_row(len(full)))):
+                say(f"lowering variant {index + 1} of 3")
+                self._step_through(family, call, stream, index, row)
+        self.sessions.counts = Counts()
+
+    def serve(self, family: Family, call: Call, stream: Stream, step: float) -> list[Tensor]:
+        if step != int(step):  # a run of other noise levels: the trigger decides there as it does here
+            stream.served = stream.served or [0]
+            self.sessions.count("mapped")
+        return self._step_through(family, call, stream, step, None)
+
+    def _step_through(
+        self, family: Family, call: Call, stream: Stream, step: float, forced: tuple[int, ...] | None
+    ) -> list[Tensor]:
+        """One call of one stream; `forced` is a row to run whatever the trigger says."""
+        if self.backend == "inductor":
+            call = call.contiguous()
+        graphs, batch = family.graphs, batch_of(call, self.recording)
+        if stream.watch is None or len(stream.watch.memories) != batch:
+            stream.watch = Watch([Memory(self.plan.steps) for _ in range(batch)])
+            outputs = self._run(graphs, graphs.start, call, stream.watch, step, graphs.full, None, {})
+            stream.watch.over.append(Over(int(step), [True] * batch, [{} for _ in range(batch)], {}))
+            self._count([graphs.full] * batch, graphs)
+            return outputs
+        watch = stream.watch
+        handed, numbers = self._look(graphs, call, watch)
+        if forced is None and is_full(self.plan.schedule[round(step)]):
+            forced = graphs.full
+        if forced is not None:
+            rows, values, weights = [forced] * batch, [{} for _ in range(batch)], [None] * batch
+        else:
+            rows, values, weights = self._decide_all(graphs, watch, step, numbers)
+            numbers = {}
+            if len(set(rows)) > 1 and not graphs.separable:
+                rows = [graphs.full] * batch
+        with self._lock:
+            variants = {row: graphs.row(row) for row in rows}
+        if any(name not in handed for name in graphs.handed):  # a new row takes more from the prefix than those so far
+            handed, _ = self._look(graphs, call, watch)
+        outputs: list[Tensor] = []
+        for row in dict.fromkeys(rows):
+            chosen = [i for i, own in enumerate(rows) if own == row]
+            who = None if len(chosen) == batch else torch.tensor(chosen, device=call.tensors[0].device)
+            given = [weights[i] for i in chosen]
+            own = self._run(graphs, variants[row], call, watch, step, row, who, handed, given, numbers)
+            if who is None:
+                outputs = own
+            else:
+                outputs = outputs or [t.new_empty((batch, *t.shape[1:])) for t in own]
+                outputs = [whole.index_copy(0, who, part) for whole, part in zip(outputs, own, strict=True)]
+        watch.over.append(Over(int(step), [is_full(row) for row in rows], values, numbers))
+        self._count(rows, graphs)
+        return outputs
+
+    def _decide_all(self, graphs: TriggerGraphs, watch: Watch, step: float, numbers: dict[str, Tensor]):
+        """Rows, numbers and own coefficients of every sample, after telling the trigger of the steps that are over."""
+        batch = len(watch.memories)
+        unread = [tensor for over in watch.over for tensor in over.unread.values()] + list(numbers.values())
+        read = torch.stack(unread).tolist() if unread else []  # the one host synchronisation of a step
+        self.sessions.add(syncs=int(bool(unread)))
+        columns = iter(read)
+        for over in watch.over:
+            for name in over.unread:
+                for known, value in zip(over.known, next(columns), strict=True):
+                    known |= {name: value} if value == value else {}  # NaN: not measured for this sample
+            for memory, computed, known in zip(watch.memories, over.computed, over.known, strict=True):
+                self.trigger.observe(memory, over.step, computed, known)
+        watch.over.clear()
+        values: list[dict[str, float]] = [{} for _ in range(batch)]
+        for name in numbers:
+            for known, value in zip(values, next(columns), strict=True):
+                known[name] = value
+        rows, weights = [], []
+        for memory, known in zip(watch.memories, values, strict=True):
+            decided = self.trigger.decide(memory, int(step), known)
+            row = decided if isinstance(decided, tuple) else (int(decided),) * len(graphs.full)
+            rows.append(graphs.admitted(row))
+            weights.append(self.trigger.weights(memory, int(step), known))
+        return rows, values, weights
+
+    def _look(self, graphs: TriggerGraphs, call: Call, watch: Watch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Runs the prefix: the tensors that it hands over, and its numbers by measure."""
+        if graphs.prefix is None:
+            return {}, {}
+        values = graphs.captured.bindings(call) | self._seen(graphs, watch, None)
+        results = self._call(graphs.prefix, call, values)
+        for port in graphs.watched(None):
+            watch.previous[port] = results[watch_name(port)]
+        numbers = {measure.name: results[graphs.name(measure)] for measure in graphs.looks(None)}
+        return {name: results[name] for name in graphs.handed}, numbers
+
+    def _run(
+        self,
+        graphs: TriggerGraphs,
+        variant: Variant,
+        call: Call,
+        watch: Watch,
+        step: float,
+        row: tuple[int, ...],
+        who: Chosen,
+        handed: dict[str, Tensor],
+        given: Sequence[Sequence[float] | None] = (),
+        numbers: dict[str, Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Runs a region for the chosen samples; keeps what it writes and the values watched at computed steps."""
+        batch = len(watch.memories)
+        part = call if who is None else _part(graphs, call, who)
+        values = graphs.captured.bindings(part) | {
+            name: _pick(tensor, who, graphs.batched(name)) for name, tensor in handed.items()
+        }
+        values |= self._seen(graphs, watch, who)
+        forecast = [group for group, d in zip(graphs.selected, row, strict=True) if d == 0]
+        for site in (site for group in forecast for site in group):
+            for age in range(self.plan.anchors):
+                for index, tensor in enumerate(watch.rings[site.name].at(age)):
+                    values[anchor_name(site, index, age)] = _pick(tensor, who, graphs.batched(site.ports[index].out))
+        if COEFFICIENTS in variant.inputs:
+            samples = range(batch) if who is None else who.tolist()
+            values[COEFFICIENTS] = self._weigh(graphs, watch, step, row, samples, given, call.tensors[0].device)
+        results = self._call(variant, part, values)
+        for site in (s for group, d in zip(graphs.selected, row, strict=True) if d == 1 for s in group):
+            written = tuple(results[write_name(site, index)] for index in range(len(site.ports)))
+            watch.rings.setdefault(site.name, Ring()).keep(step, written, who, batch, self.plan.anchors)
+        if is_full(row):
+            for port in [*graphs.watched(None), *graphs.watched(row)]:
+                value = results.get(watch_name(port))
+                value = _pick(watch.previous[port], who) if value is None else value
+                depth = max(2, self.plan.anchors)
+                watch.seen.setdefault(port, Ring()).keep(step, (value,), who, batch, depth)
+                if variant is graphs.start:
+                    watch.previous[port] = value
+        if numbers is not None:
+            for measure in graphs.looks(row):
+                number = results[graphs.name(measure)]
+                if who is not None:
+                    known = numbers.get(measure.name, number.new_full((batch,), torch.nan))
+                    number = known.index_copy(0, who, number)
+                numbers[measure.name] = number
+        self.sessions.weigh()
+        return [results[str(index)] for index in range(variant.outputs)]
+
+    def _seen(self, graphs: TriggerGraphs, watch: Watch, who: Chosen) -> dict[str, Tensor]:
+        """The watched values as graph inputs, of the step before and of computed steps."""
+        found = {seen_name(port, "previous"): _pick(t, who) for port, t in watch.previous.items()}
+        for port, ring in watch.seen.items():
+            for age in range(max(2, self.plan.anchors)):
+                found[seen_name(port, age)] = _pick(ring.at(age)[0], who)
+        return found
+
+    def _weigh(
+        self,
+        graphs: TriggerGraphs,
+        watch: Watch,
+        step: float,
+        row: tuple[int, ...],
+        samples: Sequence[int],
+        given: Sequence[Sequence[float] | None],
+        device: torch.device,
+    ) -> Tensor:
+        """Coefficients [groups, samples, J] float32 from each sample's own anchors, or given by the trigger."""
+        rings = [
+            (watch.rings[group[0].name], predictor)
+            for group, predictor, d in zip(graphs.selected, self.predictors, row, strict=True)
+            if d == 0
+        ]
+        drafted = [watch.seen[graphs.ports[m]] for m in graphs.looks(row) if m.against == "forecast"]
+        rings += [(ring, self.predictors[0]) for ring in drafted]
+        table = torch.zeros(len(rings), len(samples), self.plan.anchors, dtype=torch.float64)
+        for k, (ring, predictor) in enumerate(rings):
+            for i, sample in enumerate(samples):
+                own = given[i] if given else None
+                weights = own if own is not None else predictor.coefficients(step, ring.steps[sample])
+                table[k, i, : len(weights)] = torch.tensor(weights, dtype=torch.float64)
+        return table.float().to(device)
+
+    def _call(self, variant: Variant, call: Call, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of a region: the denoiser's own by number, the others by name."""
+        inputs = [values[name] for name in variant.inputs]
+        self.sessions.add(regions=1)
+        outputs = self.program(variant, call, inputs)(inputs)
+        names = [*map(str, range(variant.outputs)), *variant.writes]
+        return dict(zip(names, outputs, strict=True))
+
+    def _count(self, rows: Sequence[tuple[int, ...]], graphs: TriggerGraphs) -> None:
+        self.sessions.count("computed" if all(map(is_full, rows)) else "forecast")
+        spent = sum(graphs.flops[row] for row in rows) // len(rows)
+        self.sessions.add(flops=spent, flops_uncached=graphs.sites.flops)
+
+
+def denoiser_for(
+    original: nn.Module,
+    plan: Plan,
+    recording: Recording,
+    build: Callable[[Captured, Plan], Family],
+    backend: str,
+    guard: bool = False,
+    mode: str = "default",
+) -> CompiledDenoiser:
+    """The denoiser that runs a plan: static, or with a trigger."""
+    kind = TriggeredDenoiser if plan.trigger else CompiledDenoiser
+    return kind(original, plan, recording, build, backend, guard, mode)
+
+
+def _pick(tensor: Tensor, who: Chosen, batched: bool = True) -> Tensor:
+    return tensor if who is None or not batched else tensor[who]
+
+
+def _part(graphs: TriggerGraphs, call: Call, who: Tensor) -> Call:
+    """The call of the chosen samples."""
+    inputs = graphs.captured.inputs
+    pairs = zip(call.names, call.tensors, strict=True)
+    return replace(call, tensors=tuple(_pick(t, who, graphs.batched(inputs[name])) for name, t in pairs))

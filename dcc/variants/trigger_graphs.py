@@ -1,0 +1,161 @@
+"""The graphs of a plan with a trigger: a prefix that ends where the trigger looks, and one suffix per row.
+
+    prefix (inputs, seen) -> (watched values, numbers, tensors that suffixes take)
+    suffix of a row (inputs, tensors, anchors, coefficients, seen) -> (outputs, writes, watched values, numbers)
+
+A row holds 1 for a site that is computed and kept, 0 for one that is forecast and IDLE for one that is neither: what
+comes before a forecast is not needed. The first call of a stream has nothing to compare with: it runs `start`, the
+whole denoiser in one region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dcc.capture.captured import Captured
+from dcc.discover.sites import Sites
+from dcc.errors import PolicyError
+from dcc.lower.program import Variant
+from dcc.passes.base import GUIDANCE, Look, Port, Row, Site, look_name, watch_name
+from dcc.passes.graph import nodes_by_name, output_node, symbols
+from dcc.passes.split_at import ancestors, prefix, suffix
+from dcc.plans.plan import Plan, is_full
+from dcc.plans.triggers import BEFORE, Measure, trigger_of
+
+MAX_ROWS = 16  # distinct rows that one captured graph is lowered for
+
+
+class TriggerGraphs:
+    """Variants are made when a row is first wanted; `make(row, name)` runs the passes on a copy of the graph."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        plan: Plan,
+        sites: Sites,
+        selected: Sequence[Sequence[Site]],
+        make: Callable[[Row, str], Variant],
+    ) -> None:
+        self.captured, self.plan, self.sites, self.selected, self.make = captured, plan, sites, selected, make
+        trigger = trigger_of(plan.trigger)
+        self.measures = trigger.measures
+        self.full = (1,) * len(plan.sites)
+        self.ports = {measure: self._port(measure) for measure in self.measures}
+        before = [self.ports[m] for m in self.measures if m.when == BEFORE]
+        self.inside = ancestors(captured.graph_module, [n for p in before for n in (p.out, p.base) if n is not None])
+        for group, name in zip(selected, plan.sites, strict=True):
+            if any(port.out in self.inside for site in group for port in site.ports):
+                raise PolicyError(f"the trigger looks behind the cached site {name!r}; cache what comes later")
+        self.nodes = nodes_by_name(captured.graph_module)
+        self.batch = str(output_node(captured.graph_module).args[0][0].meta["val"].shape[0])
+        if any(site.kind == GUIDANCE for group in selected for site in group):
+            raise PolicyError("a trigger cannot forecast the site 'uncond'; give it a schedule of its own")
+        self.handed: list[str] = []
+        self.rows: dict[tuple[int, ...], Variant] = {}
+        self.flops: dict[tuple[int, ...], int] = {}
+        self.prefix: Variant | None = None
+        self.start = make(self._row(self.full, measured=False), "start")
+        self.row(self.full)
+        self.row(trigger.sample_row(len(self.full)))
+
+    def row(self, row: tuple[int, ...]) -> Variant:
+        """The suffix of a row; where MAX_ROWS are there already, raises KeyError (see `admitted`)."""
+        if row not in self.rows:
+            if len(self.rows) >= MAX_ROWS:
+                raise KeyError(row)
+            whole = self.make(self._row(row, measured=True), "row" + "".join(map(str, row)))
+            graph_module, handed = suffix(whole.graph_module, self.inside, ())
+            self.rows[row] = _variant(whole.name, graph_module, whole.outputs)
+            self.flops[row] = self._flops(row)
+            new = [name for name in handed if name not in self.handed]
+            if new or self.prefix is None:
+                self.handed += new
+                self.prefix = self._prefix()
+        return self.rows[row]
+
+    def admitted(self, row: tuple[int, ...]) -> tuple[int, ...]:
+        """The row itself, or, where no more rows are lowered, the known one that computes it all and least besides."""
+        if row in self.rows or len(self.rows) < MAX_ROWS:
+            return row
+        covering = [known for known in self.rows if all(k in (1, r) for k, r in zip(known, row, strict=True))]
+        return min(covering, key=lambda known: self.flops[known])
+
+    def batched(self, name: str) -> bool:
+        """Whether a value has the samples of the batch as its first dimension."""
+        return self.captured.carries_batch(self.nodes[name])
+
+    @property
+    def separable(self) -> bool:
+        """Whether samples can run apart: all that is handed over or kept has the batch first or not at all."""
+        if self.batch.isdigit():
+            return False
+        names = [*self.handed, *self.captured.inputs.values(), *(p.out for p in self.ports.values())]
+        names += [port.out for group in self.selected for site in group for port in site.ports]
+        shapes = {name: self.nodes[name].meta["val"].shape for name in names if name in self.nodes}
+        return all(self.batched(n) or not any(self.batch in symbols(size) for size in s) for n, s in shapes.items())
+
+    def looks(self, row: tuple[int, ...] | None) -> list[Measure]:
+        """What is measured in a row, or, for None, before the decision."""
+        if row is None:
+            return [m for m in self.measures if m.when == BEFORE]
+        drafted = not is_full(row)
+        return [m for m in self.measures if m.when != BEFORE and (m.against == "forecast") == drafted]
+
+    def name(self, measure: Measure) -> str:
+        """Name of the graph output that carries the number of a measure."""
+        return look_name(self._look(measure))
+
+    def watched(self, row: tuple[int, ...] | None) -> list[Port]:
+        """Values that are returned in a row, or, for None, by the prefix."""
+        if row is None:
+            wanted = [self.ports[m] for m in self.looks(None)]
+        else:
+            wanted = [self.ports[m] for m in self.measures if m.when != BEFORE] if is_full(row) else []
+            wanted = [port for port in wanted if port not in self.watched(None)]
+        return list(dict.fromkeys(wanted))
+
+    def _prefix(self) -> Variant | None:
+        """What comes before the decision, with all that the suffixes so far take; None where nothing is looked at."""
+        ports, looks = self.watched(None), self.looks(None)
+        if not looks:
+            return None
+        row = Row(watched=tuple(ports), looks=tuple(self._look(m) for m in looks), anchors=self.plan.anchors)
+        whole = self.make(row, "prefix")
+        names = [*map(watch_name, ports), *(self.name(m) for m in looks), *self.handed]
+        return _variant("prefix", prefix(whole.graph_module, names), 0)
+
+    def _row(self, row: tuple[int, ...], measured: bool) -> Row:
+        """The passes' row: at the start everything is watched, later only what the prefix does not give."""
+        watched = self.watched(row) if measured else [*self.watched(None), *self.watched(self.full)]
+        looks = [self._look(m) for m in self.looks(row)] if measured else []
+        ports = dict.fromkeys([*watched, *(look.port for look in looks)])
+        return Row(
+            computed=tuple(s for group, d in zip(self.selected, row, strict=True) if d == 1 for s in group),
+            forecast=tuple(tuple(group) for group, d in zip(self.selected, row, strict=True) if d == 0),
+            anchors=self.plan.anchors,
+            watched=tuple(ports),
+            looks=tuple(looks),
+        )
+
+    def _look(self, measure: Measure) -> Look:
+        return Look(self.ports[measure], measure.against, measure.norm)
+
+    def _port(self, measure: Measure) -> Port:
+        """The largest port of the measured site, with its base where the residual is meant."""
+        (site,) = self.sites.select(measure.site)[:1]
+        port = max(site.ports, key=lambda p: self.sites.costs[p.out].bytes)
+        return port if measure.residual else Port(port.out)
+
+    def _flops(self, row: tuple[int, ...]) -> int:
+        flow, costs = self.sites.flow, self.sites.costs
+        forecast = [p for g, d in zip(self.selected, row, strict=True) if d == 0 for s in g for p in s.ports]
+        verified = [self.ports[m].out for m in self.looks(row)]
+        needed = flow.needed(forecast) | self.inside
+        needed |= flow.needed_for(verified, forecast)
+        return sum(costs[name].flops for name in needed if name in costs)
+
+
+def _variant(name: str, graph_module, outputs: int) -> Variant:
+    nodes = output_node(graph_module).args[0]
+    inputs = tuple(node.name for node in graph_module.graph.nodes if node.op == "placeholder")
+    return Variant(name, graph_module, inputs, outputs, tuple(node.name for node in nodes)[outputs:])
