@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 _bare = importlib.util.find_spec("kernels")
-if _bare is not None and _bare.origin == str(Path(__file__).parent.parent / "kernels" / "__init__.py"):
+if _bare is not None and _bare.origin == str(Path(__file__).resolve().parent.parent / "kernels" / "__init__.py"):
     # python was started at the root of dcc's sources: without this, transformers would take our folder for the
     # package of Hugging Face that is called kernels, and fail
     sys.modules["kernels"] = None  # type: ignore[assignment]
