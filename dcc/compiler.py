@@ -11,7 +11,7 @@ from torch import nn
 
 from dcc.capture.export import capture
 from dcc.discover.sites import Sites, find_sites
-from dcc.discover.subject import examine
+from dcc.discover.subject import Subject
 from dcc.errors import PlanError, PolicyError
 from dcc.lower.program import check_backend, start_inductor
 from dcc.measure.profile import Profile
@@ -19,10 +19,7 @@ from dcc.plans import mapping
 from dcc.plans.plan import Plan
 from dcc.policies import POLICIES, make_policy, parameter_names
 from dcc.policies.setting import plan_for, setting_of
-from dcc.record.fingerprint import fingerprint
-from dcc.record.recorder import Recording
 from dcc.record.target import (
-    Target,
     call_parameters,
     check_prompts,
     denoiser_of,
@@ -30,11 +27,10 @@ from dcc.record.target import (
     recording,
     restore_target,
 )
-from dcc.search.budget import DEFAULT_EFFORT, Subject, budget_of, plan_within
+from dcc.search.budget import DEFAULT_EFFORT, Candidates, budget_of, plan_within
 from dcc.serve.denoiser import CompiledDenoiser
-from dcc.serve.triggered import denoiser_for
-from dcc.variants.build import build, cost
-from dcc.variants.observe import Observer
+from dcc.serve.guard import Guard
+from dcc.variants.cost import cost
 
 
 def compile(
@@ -102,37 +98,39 @@ def compile(
         start_inductor()  # it gets to know the processor while the denoiser is recorded
 
     # one real run, the denoiser as one graph, and every value in it that may be cached
-    run, captured, sites = examine(target, prompts, say)
+    subject = Subject.of(target, prompts, say)
     captured_after = time.perf_counter() - start
 
     # which of them to compute or forecast at which step: given, a published policy, or searched within a budget
-    if plan is None and policy is not None:
-        setting = setting_of(target, run, captured, sites, prompts, seed=seed, progress=say, profile=profile)
-        plan = plan_for(make_policy(policy, setting, policy_kwargs), setting, run, target, policy, policy_kwargs)
-    if budget is not None:
-        subject = Subject(target, run, captured, sites, backend)
-        plan = plan_within(subject, budget, prompts, seed=seed, data_range=data_range, progress=say, profile=profile)
-    check_plan(plan, run, target)
-    plan = cost(plan, sites)
+    if plan is not None:
+        check_plan(plan, subject)
+        plan = cost(plan, subject.sites)
+    elif policy is not None:
+        setting = setting_of(subject, prompts, seed=seed, progress=say, profile=profile)
+        plan = plan_for(make_policy(policy, setting, policy_kwargs), subject, policy, policy_kwargs)
+    else:
+        candidates = Candidates(subject, backend)
+        plan = plan_within(candidates, budget, prompts, seed=seed, data_range=data_range, progress=say, profile=profile)
     if guard and not plan.limits:
         raise PolicyError(
             "guard=True needs a plan that was searched (speedup=, quality=): a policy knows no usual error"
         )
 
     # one variant per distinct row of the schedule, lowered and compared with eager on the recorded inputs
-    observer = Observer()
-    net = denoiser_for(target.module, plan, run, lambda c, p: build(c, p, observer), backend, guard, mode)
-    net.families.append(build(captured, plan, observer, sites))
-    net.__dict__["capture_seconds"] = captured_after
-    net.warm(run.first, say)
+    watch = Guard(plan) if guard else None
+    net = CompiledDenoiser(subject, plan, backend=backend, mode=mode, guard=watch)
+    net.compile_seconds = captured_after
+    net.warm(subject.run.first, say)
     return target.install(net)
 
 
-def check_plan(plan: Plan, run: Recording, target: Target) -> None:
+def check_plan(plan: Plan, subject: Subject) -> None:
     """Raises PlanError, naming the field, where the plan was made for another model, scheduler or run."""
-    own = fingerprint(target.module)
-    if plan.model != own:
-        raise PlanError(f"the plan is for another denoiser (model {plan.model}, this one is {own}); plan for this one")
+    run, target = subject.run, subject.target
+    if plan.model != subject.model:
+        raise PlanError(
+            f"the plan is for another denoiser (model {plan.model}, this one is {subject.model}); plan for this one"
+        )
     if plan.scheduler != target.scheduler:
         raise PlanError(
             f"the plan is for scheduler {plan.scheduler}, this run uses {target.scheduler}; plan for this one"
@@ -166,7 +164,7 @@ def sites(
     """
     compiled = denoiser_of(model)
     if isinstance(compiled, CompiledDenoiser):
-        return find_sites(compiled.families[0].captured, compiled.recording.first)
+        return compiled.subject.sites
     target = make_target(model, sample, call_kwargs)
     with recording(target, only_first=True) as recorder:
         target.sample(check_prompts([""] if prompts is None else prompts, text=not isinstance(model, nn.Module))[:1])
@@ -202,8 +200,8 @@ def plan(
     checked = check_prompts(prompts, text=not isinstance(model, nn.Module))
     budget = budget_of(speedup, quality, latency, cache_bytes, effort, checked)
     say = progress or (lambda line: None)
-    subject = Subject(target, *examine(target, checked, say), backend)
-    return plan_within(subject, budget, checked, seed=seed, data_range=data_range, progress=say, profile=profile)
+    candidates = Candidates(Subject.of(target, checked, say), backend)
+    return plan_within(candidates, budget, checked, seed=seed, data_range=data_range, progress=say, profile=profile)
 
 
 def _split(

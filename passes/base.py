@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.fx import GraphModule
 
 GUIDANCE = "guidance"  # kind of the site whose forecast leaves out the unconditional half of a merged batch
-STEP = "step"  # graph input [1] int64: the number of the sampler step
+SITES, VARIANT, LOWERING = "sites", "variant", "lowering"  # stages: when a pass runs, see passes/__init__.py
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,6 @@ class Correction:
         """Name of the node that carries the map's value."""
         return f"map_{identifier(self.site)}_{self.port}"
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the graph inputs that it takes."""
-        return tuple(f"factor_{identifier(self.site)}_{self.port}_{i}" for i in range(len(self.shapes)))
-
 
 @dataclass(frozen=True)
 class Form:
@@ -113,100 +108,65 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One distinct row of a schedule: its sites are either computed (and written) or forecast from `anchors` values.
+class Group:
+    """Sites that share coefficients: row `first` of the coefficient input, or as many rows from there as `form` takes.
 
-    `forecast` groups sites that share coefficients: group k reads row k of the coefficient input, or as many rows as
-    its form takes (`forms`, one a group, None where plain; empty where all are). `watched` values are returned for a
-    trigger to compare with later ones, `looks` are compared in this call. `corrections` make bases of ports. `hoisted`
-    names nodes whose values come from outside (hoist_invariants.py).
+    `form` is how they are forecast other than by one combination of whole anchors, None where they are plain.
     """
 
-    computed: tuple[Site, ...] = ()
-    forecast: tuple[tuple[Site, ...], ...] = ()
+    sites: tuple[Site, ...]
+    first: int = 0
+    form: Form | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The size of the coefficient input: `rows` of forecasts, each of at most `anchors` values."""
+
+    rows: int = 1
     anchors: int = 1
-    refreshed: tuple[Refresh, ...] = ()
-    watched: tuple[Port, ...] = ()
-    looks: tuple[Look, ...] = ()
-    forms: tuple[Form | None, ...] = ()
-    corrections: tuple[Correction, ...] = ()
-    hoisted: tuple[str, ...] = ()
 
-    def form(self, group: int) -> Form | None:
-        """How the group is forecast; None where it is plain."""
-        return self.forms[group] if self.forms else None
 
-    def start(self, group: int) -> int:
-        """The first coefficient row of the group; of one more than there are groups, how many rows there are."""
-        return sum(form.rows if form else 1 for form in map(self.form, range(group)))
+class Order:
+    """What is asked of one pass. Each pass that takes one defines its own, as a dataclass."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is to be done to one graph: at most one order of each kind, read by the pass that it is for."""
+
+    orders: tuple[Order, ...] = ()
+
+    def order(self, kind: type[Order]) -> Order | None:
+        """The order of this kind, None where the row asks nothing of its pass."""
+        return next((order for order in self.orders if type(order) is kind), None)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A rewrite of one graph for one row. A frozen value: options are fields, `apply` is the only verb.
+    """A rewrite of one graph. A frozen value: options are fields, `apply` is the only verb.
 
-    `name` is the file's stem; `after` names the passes that must have run before; `optional` passes may be skipped
-    without changing what a variant takes and returns. The graph is valid (passes/verify.py) before and after.
+    `name` is the file's stem; `takes` is the kind of order that it follows, None where it does the same for every row;
+    `after` names the passes that must have run before; `optional` passes may be skipped without changing what a variant
+    takes and returns. The graph is valid (passes/verify.py) before and after.
     """
 
     name: ClassVar[str]
+    takes: ClassVar[type[Order] | None] = None
     after: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[bool] = False
+    stage: ClassVar[str] = VARIANT
 
-    def apply(self, graph_module: GraphModule, row: Row) -> int:
-        """Edits `graph_module` in place and returns the number of edits."""
+    def apply(self, graph_module: GraphModule, order: Any) -> int:
+        """Edits `graph_module` in place as its order says, and returns the number of edits."""
         raise NotImplementedError
 
-
-def anchor_name(site: Site, port: int, age: int) -> str:
-    """Name of the graph input that holds the value of `site`'s `port`, `age` anchors ago (0 is the newest)."""
-    return f"anchor_{identifier(site.name)}_{port}_{age}"
-
-
-def write_name(site: Site, port: int) -> str:
-    """Name of the graph output that carries the fresh value of `site`'s `port`."""
-    return f"write_{identifier(site.name)}_{port}"
-
-
-def watch_name(port: Port) -> str:
-    """Name of the graph output that carries a watched value."""
-    return f"watch_{_label(port)}"
-
-
-def seen_name(port: Port, which: str | int) -> str:
-    """Name of the graph input that holds a watched value of "previous" step, or `which` computed steps ago."""
-    return f"seen_{_label(port)}_{which}"
-
-
-def look_name(look: Look) -> str:
-    """Name of the graph output that carries the number of a look."""
-    return f"look_{_label(look.port)}_{look.against}_{look.norm}"
-
-
-def _label(port: Port) -> str:
-    return identifier(f"{port.out} {port.base or 'itself'}")
-
-
-def once_name(node: str) -> str:
-    """Name of the graph input that holds the value of a node that no step changes."""
-    return f"once_{node}"
-
-
-def state_name(kind: str, site: str = "") -> str:
-    """Name of the graph input that holds state of a refresh, of one site or of the whole stream."""
-    return f"state_{kind}_{identifier(site)}".rstrip("_").lower()
-
-
-def next_name(state: str) -> str:
-    """Name of the graph output that carries what the state of this name becomes."""
-    return f"next_{state}"
-
-
-def state_of(name: str) -> str | None:
-    """The state whose next value the graph output of this name carries, None for other outputs."""
-    return name.removeprefix("next_") if name.startswith("next_state_") else None
+    def run(self, graph_module: GraphModule, row: Row) -> int:
+        """Applies the pass as far as the row asks for it."""
+        order = row.order(self.takes) if self.takes is not None else None
+        return 0 if self.takes is not None and order is None else self.apply(graph_module, order)
 
 
 def identifier(text: str) -> str:
-    """`text` as part of a Python identifier."""
+    """`text` as part of a Python identifier, for names that people read."""
     return "".join(c if c.isalnum() else "_" for c in text)

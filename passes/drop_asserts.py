@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from dcc.passes.base import Pass, Row
+from dcc.passes.base import Order, Pass
 
 ASSERTIONS = frozenset(
     {
@@ -32,12 +32,12 @@ def is_assertion(node: Node) -> bool:
 
 
 class DropAsserts(Pass):
-    """See the file's docstring. Refuses nothing: a graph without assertions is left as it is."""
+    """Takes assertions out. Refuses nothing: a graph without assertions is left as it is."""
 
     name: ClassVar[str] = "drop_asserts"
     optional: ClassVar[bool] = True
 
-    def apply(self, graph_module: GraphModule, row: Row) -> int:
+    def apply(self, graph_module: GraphModule, order: Order | None = None) -> int:
         assertions = [node for node in graph_module.graph.nodes if is_assertion(node)]
         for node in assertions:
             graph_module.graph.erase_node(node)

@@ -12,17 +12,17 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from dcc.passes.base import Pass, Row
+from dcc.passes.base import Order, Pass
 
 
 class DropDeadNodes(Pass):
-    """See the file's docstring. Never drops an output."""
+    """Takes out what nothing needs. Never drops an output."""
 
     name: ClassVar[str] = "drop_dead_nodes"
     after: ClassVar[tuple[str, ...]] = ("drop_asserts", "insert_cache_writes", "insert_cache_reads")
     optional: ClassVar[bool] = True
 
-    def apply(self, graph_module: GraphModule, row: Row) -> int:
+    def apply(self, graph_module: GraphModule, order: Order | None = None) -> int:
         dropped = 0
         for node in reversed(graph_module.graph.nodes):
             if node.op != "output" and not node.users:

@@ -1,22 +1,22 @@
 """Forms of forecasts: how one value is made of more than one combination of its anchors; and the node that does it.
 
-A row of a schedule names one for each group of sites it forecasts (base.Row.forms). Each takes `rows` rows of the
-coefficient input. What a form needs besides is a graph input too, a Constant, which the runtime makes and binds.
+A group of sites names its form (base.Group). Each takes `rows` rows of the coefficient input. What a form needs besides
+is a graph input too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dcc.errors import PassError
 from dcc.kernels import band_split, combine
-from dcc.passes.base import Form, Port, Row, Site, identifier
-from dcc.passes.graph import add_placeholder, insert_call, shape, sizes
+from dcc.passes.base import Form, Group, Port, Site, Table
+from dcc.passes.graph import insert_call, is_tensor, shape, sizes
+from dcc.passes.values import Channels, Coefficients, declare
 
 
 @dataclass(frozen=True)
@@ -44,36 +44,22 @@ class Clusters(Form):
         return max(self.of_channel) + 1
 
 
-@dataclass(frozen=True)
-class Constant:
-    """A graph input that a form needs: its name, and the whole numbers that it holds."""
-
-    name: str
-    numbers: tuple[int, ...] = ()
-
-    def make(self) -> Tensor:
-        """The value on the CPU."""
-        return torch.tensor(self.numbers, dtype=torch.int64)
-
-
-def constants(row: Row) -> list[Constant]:
-    """The constants that the forms of a row take."""
-    found = []
-    for group, sites in enumerate(row.forecast):
-        form = row.form(group)
-        if isinstance(form, Clusters):
-            found.extend(Constant(_channels_name(site), form.of_channel) for site in sites)
-    return found
+def coefficient_input(graph_module: GraphModule, table: Table, batch: Any) -> Node:
+    """The graph input of coefficients [rows, batch, J] float32."""
+    some = next(node.meta["val"] for node in graph_module.graph.nodes if is_tensor(node))
+    return declare(
+        graph_module, Coefficients(), some.new_empty((table.rows, batch, table.anchors), dtype=torch.float32)
+    )
 
 
 def insert_read(
-    graph_module: GraphModule, row: Row, group: int, site: Site, port: Port, coefficients: Node, anchors: list[Node]
+    graph_module: GraphModule, group: Group, site: Site, port: Port, coefficients: Node, anchors: list[Node]
 ) -> Node:
     """A forecast of one value of a site of `group`, at the graph's present insertion point.
 
     Raises PassError for clusters of another number of channels than the value has.
     """
-    form, first = row.form(group), row.start(group)
+    form, first = group.form, group.first
     per_sample = str(shape(anchors[0])[0]) == str(shape(coefficients)[1])
 
     def combined(at: int) -> Node:
@@ -96,10 +82,8 @@ def insert_read(
             raise PassError(
                 f"{site.name!r}: clusters of {len(form.of_channel)} channels do not fit a value of {channels}"
             )
-        name = _channels_name(site)
-        found = [node for node in graph_module.graph.nodes if node.name == name]
         like = coefficients.meta["val"].new_empty((channels,), dtype=torch.int64)
-        own = found[0] if found else add_placeholder(graph_module, name, like)
+        own = declare(graph_module, Channels(site.name, form.of_channel), like)
         return insert_call(graph_module, combine.by_channel, coefficients, first, anchors, per_sample, own)
     return combined(first)
 
@@ -112,7 +96,3 @@ def largest(graph_module: GraphModule, site: Site) -> Port:
         return torch.Size(sizes(nodes[port.out])).numel()
 
     return max(site.ports, key=numbers)
-
-
-def _channels_name(site: Site) -> str:
-    return f"channels_{identifier(site.name)}"

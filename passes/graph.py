@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 from dcc.errors import PassError
 
-COEFFICIENTS = "coefficients"
+KEEPS = "dcc_keeps"  # meta of what reads a computed value to keep it: the name of that value
 REPLACED = "dcc_forecast"  # meta of a node whose value is forecast: the node that stands for it
 
 
@@ -70,6 +70,13 @@ def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
 def symbols(size: Any) -> set[str]:
     """Names of the symbols that a size is made of; none for a fixed one."""
     return set() if isinstance(size, int) else {str(symbol) for symbol in size.node.expr.free_symbols}
+
+
+def carries_batch(graph_module: GraphModule, node: Node) -> bool:
+    """Whether a value has the samples of the batch as its first dimension, as the graph's first output has."""
+    output = output_node(graph_module).args[0][0]
+    batch, first = str(shape(output)[0]), shape(node)[:1]
+    return bool(first) and batch in symbols(first[0]) and sizes(node)[0] == sizes(output)[0]
 
 
 def output_node(graph_module: GraphModule) -> Node:

@@ -4,7 +4,8 @@
 -->
     anchors A0, A1 and coefficients c are inputs;  r = combine(c, 0, [A0, A1], True);  return (g(add(x, r)),)
 
-A form (forms.py) makes the read of more rows of coefficients than one. What only `h` needed is left dead. Sites are
+A form (forms.py) makes the read of more rows of coefficients than one. What keeps a computed site's value goes on
+reading the true one, whatever is forecast around it. What only `h` needed is left dead. Sites are
 replaced from the last to the first, so that a residual's base that is itself a forecast site is replaced too.
 
 Refuses a site whose nodes are not in the graph, and two sites on one node.
@@ -12,6 +13,7 @@ Refuses a site whose nodes are not in the graph, and two sites on one node.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -19,12 +21,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dcc.errors import PassError
-from dcc.passes.base import GUIDANCE, Pass, Port, Row, Site, anchor_name, write_name
-from dcc.passes.forms import insert_read
+from dcc.passes.base import Group, Order, Pass, Port, Site, Table
+from dcc.passes.forms import coefficient_input, insert_read
 from dcc.passes.graph import (
-    COEFFICIENTS,
+    KEEPS,
     REPLACED,
-    add_placeholder,
+    carries_batch,
     in_graph_order,
     insert_call,
     node_of,
@@ -32,21 +34,31 @@ from dcc.passes.graph import (
     output_node,
     shape,
 )
+from dcc.passes.values import Anchor, declare
 
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Reads(Order):
+    """The groups of sites that are forecast, and the size of the table that weighs their anchors."""
+
+    groups: tuple[Group, ...]
+    table: Table
+
+
 class InsertCacheReads(Pass):
-    """See the file's docstring."""
+    """Makes every use of a forecast site a use of its forecast."""
 
     name: ClassVar[str] = "insert_cache_reads"
+    takes = Reads
     after: ClassVar[tuple[str, ...]] = ("insert_cache_writes",)
 
-    def apply(self, graph_module: GraphModule, row: Row) -> int:
+    def apply(self, graph_module: GraphModule, order: Reads) -> int:
         nodes = nodes_by_name(graph_module)
-        ports: dict[str, tuple[int, Site, int, Port]] = {}
-        for group, sites in enumerate(row.forecast):
-            for site in (site for site in sites if site.kind != GUIDANCE):
+        ports: dict[str, tuple[Group, Site, int, Port]] = {}
+        for group in order.groups:
+            for site in group.sites:
                 for index, port in enumerate(site.ports):
                     if port.out in ports:
                         other = ports[port.out][1].name
@@ -57,38 +69,23 @@ class InsertCacheReads(Pass):
         if not ports:
             return 0
         batch = shape(next(iter(output_node(graph_module).args[0])))[0]
-        any_value = nodes[next(iter(ports))].meta["val"]
-        coefficients = add_placeholder(
-            graph_module,
-            COEFFICIENTS,
-            any_value.new_empty((row.start(len(row.forecast)), batch, row.anchors), dtype=torch.float32),
-        )
+        coefficients = coefficient_input(graph_module, order.table, batch)
         for name in reversed(in_graph_order(graph_module, ports)):
             group, site, index, port = ports[name]
+            like, batched = _anchor_like(nodes[name], nodes, port), carries_batch(graph_module, nodes[name])
             anchors = [
-                add_placeholder(graph_module, anchor_name(site, index, age), _anchor_like(nodes[port.out], nodes, port))
-                for age in range(row.anchors)
+                declare(graph_module, Anchor(site.name, index, age, batched), like)
+                for age in range(order.table.anchors)
             ]
-            own_writes = {_reader_for_write(nodes, other, i) for other in row.computed for i in _ends_in(other, name)}
             out = nodes[name]
             with graph_module.graph.inserting_after(out):
-                value = insert_read(graph_module, row, group, site, port, coefficients, anchors)
+                value = insert_read(graph_module, group, site, port, coefficients, anchors)
             if port.base is not None:
                 with graph_module.graph.inserting_after(value):
                     value = insert_call(graph_module, aten.add.Tensor, nodes[port.base], value)
-            out.replace_all_uses_with(value, delete_user_cb=lambda user, own=own_writes: user not in own)
+            out.replace_all_uses_with(value, delete_user_cb=lambda user, own=name: user.meta.get(KEEPS) != own)
             out.meta[REPLACED] = value
         return len(ports)
-
-
-def _ends_in(site: Site, name: str) -> list[int]:
-    return [index for index, port in enumerate(site.ports) if port.out == name]
-
-
-def _reader_for_write(nodes: dict[str, Node], site: Site, index: int) -> Node | None:
-    """What reads a computed site's value for its write: it stays the true one, whatever is forecast around it."""
-    write = nodes.get(write_name(site, index))
-    return write if write is None or site.ports[index].base is None else write.args[0]
 
 
 def _anchor_like(out: Node, nodes: dict[str, Node], port: Port) -> Tensor:

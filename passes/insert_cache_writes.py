@@ -8,34 +8,45 @@ Refuses a site whose nodes are not in the graph.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule
 
-from dcc.passes.base import GUIDANCE, Pass, Row, write_name
-from dcc.passes.graph import insert_call, node_of, nodes_by_name, output_node
+from dcc.passes.base import Order, Pass, Site
+from dcc.passes.graph import KEEPS, insert_call, node_of, nodes_by_name, output_node
+from dcc.passes.values import Write, emit
 
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Writes(Order):
+    """The sites that are computed and kept."""
+
+    sites: tuple[Site, ...]
+
+
 class InsertCacheWrites(Pass):
-    """See the file's docstring."""
+    """Returns what later forecasts of the computed sites will be made of."""
 
     name: ClassVar[str] = "insert_cache_writes"
+    takes = Writes
     after: ClassVar[tuple[str, ...]] = ("drop_asserts", "insert_correctors")
 
-    def apply(self, graph_module: GraphModule, row: Row) -> int:
+    def apply(self, graph_module: GraphModule, order: Writes) -> int:
         nodes, output = nodes_by_name(graph_module), output_node(graph_module)
-        writes = []
-        for site in (site for site in row.computed if site.kind != GUIDANCE):
+        edits = 0
+        for site in order.sites:
             for index, port in enumerate(site.ports):
                 with graph_module.graph.inserting_before(output):
-                    value = node_of(nodes, port.out, self.name)
+                    reader, value = None, node_of(nodes, port.out, self.name)
                     if port.base is not None:
-                        value = insert_call(graph_module, aten.sub.Tensor, value, node_of(nodes, port.base, self.name))
+                        base = node_of(nodes, port.base, self.name)
+                        value = reader = insert_call(graph_module, aten.sub.Tensor, value, base)
                     value = insert_call(graph_module, aten.clone.default, value, memory_format=torch.contiguous_format)
-                value.name = write_name(site, index)
-                writes.append(value)
-        output.args = ((*output.args[0], *writes),)
-        return len(writes)
+                (reader or value).meta[KEEPS] = port.out
+                emit(graph_module, Write(site.name, index), value)
+                edits += 1
+        return edits

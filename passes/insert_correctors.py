@@ -10,26 +10,36 @@ is not forgotten, but goes through the small map. Refuses a value that is not in
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
 
 from dcc.errors import PassError
-from dcc.passes.base import Correction, Pass, Row
-from dcc.passes.graph import add_placeholder, insert_call, node_of, nodes_by_name, shape
+from dcc.passes.base import Correction, Order, Pass
+from dcc.passes.graph import insert_call, node_of, nodes_by_name, shape
+from dcc.passes.values import Factor, declare
 
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Corrections(Order):
+    """The maps that sites are kept relative to."""
+
+    maps: tuple[Correction, ...]
+
+
 class InsertCorrectors(Pass):
-    """See the file's docstring."""
+    """Gives every corrected site the map that it is kept relative to."""
 
     name: ClassVar[str] = "insert_correctors"
+    takes = Corrections
     after: ClassVar[tuple[str, ...]] = ("drop_asserts",)
 
-    def apply(self, graph_module: GraphModule, row: Row) -> int:
-        for correction in row.corrections:
+    def apply(self, graph_module: GraphModule, order: Corrections) -> int:
+        for correction in order.maps:
             source = node_of(nodes_by_name(graph_module), correction.source, self.name)
             if shape(source)[-1] != correction.shapes[0][-1]:
                 raise PassError(
@@ -37,13 +47,15 @@ class InsertCorrectors(Pass):
                     f"value {correction.source!r} of {shape(source)[-1]}"
                 )
             _insert(graph_module, correction, source)
-        return len(row.corrections)
+        return len(order.maps)
 
 
 def _insert(graph_module: GraphModule, correction: Correction, source: Node) -> None:
     like = source.meta["val"]
-    names = zip(correction.inputs, correction.shapes, strict=True)
-    factors = [add_placeholder(graph_module, name, like.new_empty(size)) for name, size in names]
+    factors = [
+        declare(graph_module, Factor(correction, index), like.new_empty(size))
+        for index, size in enumerate(correction.shapes)
+    ]
     matrices = [factor for factor in factors if len(shape(factor)) == 2]
     biases: list[Node | None] = [None] * (len(matrices) - 1) + [factors[-1] if correction.bias else None]
     here = source.next

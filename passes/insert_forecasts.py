@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dcc.kernels import combine
-from dcc.passes.base import Pass, Row
+from dcc.passes.base import Order, Pass
 from dcc.passes.graph import insert_call, shape
 
 aten = torch.ops.aten
@@ -28,13 +28,13 @@ def is_cache_read(node: Node) -> bool:
 
 
 class InsertForecasts(Pass):
-    """See the file's docstring."""
+    """Leaves Inductor nothing but plain arithmetic."""
 
     name: ClassVar[str] = "insert_forecasts"
     after: ClassVar[tuple[str, ...]] = ("insert_cache_reads",)
     optional: ClassVar[bool] = True
 
-    def apply(self, graph_module: GraphModule, row: Row) -> int:
+    def apply(self, graph_module: GraphModule, order: Order | None = None) -> int:
         reads = [node for node in graph_module.graph.nodes if is_cache_read(node)]
         for read in reads:
             with graph_module.graph.inserting_before(read):

@@ -12,37 +12,48 @@ site. Refuses a graph whose first output is not that site's.
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
 
 from dcc.errors import PassError
-from dcc.passes.base import GUIDANCE, Pass, Row, Site, anchor_name, write_name
-from dcc.passes.forms import insert_read
-from dcc.passes.graph import COEFFICIENTS, add_placeholder, insert_call, nodes_by_name, output_node, shape
+from dcc.passes.base import Group, Order, Pass, Site, Table
+from dcc.passes.forms import coefficient_input, insert_read
+from dcc.passes.graph import insert_call, nodes_by_name, output_node, shape
+from dcc.passes.values import Anchor, Write, declare, emit
 
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Guidance(Order):
+    """The guidance sites that are kept, and the groups of those that are forecast, with the size of the table."""
+
+    kept: tuple[Site, ...] = ()
+    groups: tuple[Group, ...] = ()
+    table: Table = field(default_factory=Table)
+
+
 class InsertGuidance(Pass):
-    """See the file's docstring."""
+    """Keeps what guidance adds, or makes the unconditional half from it."""
 
     name: ClassVar[str] = "insert_guidance"
+    takes = Guidance
     after: ClassVar[tuple[str, ...]] = ("insert_cache_reads",)
 
-    def apply(self, graph_module: GraphModule, row: Row) -> int:
+    def apply(self, graph_module: GraphModule, order: Guidance) -> int:
         output, edits = output_node(graph_module), 0
-        for site in (site for site in row.computed if site.kind == GUIDANCE):
+        for site in order.kept:
             value = self._own(graph_module, site, output)
             with graph_module.graph.inserting_before(output):
                 kept = insert_call(graph_module, aten.sub.Tensor, *_halves(graph_module, value))
-            kept.name = write_name(site, 0)
-            output.args = ((*output.args[0], kept),)
+            emit(graph_module, Write(site.name, 0), kept)
             edits += 1
-        for group, sites in enumerate(row.forecast):
-            for site in (site for site in sites if site.kind == GUIDANCE):
-                self._join(graph_module, self._own(graph_module, site, output), site, group, row)
+        for group in order.groups:
+            for site in group.sites:
+                self._join(graph_module, self._own(graph_module, site, output), site, group, order.table)
                 edits += 1
         return edits
 
@@ -53,18 +64,14 @@ class InsertGuidance(Pass):
         return output.args[0][0]
 
     @staticmethod
-    def _join(graph_module: GraphModule, value: Node, site: Site, group: int, row: Row) -> None:
+    def _join(graph_module: GraphModule, value: Node, site: Site, group: Group, table: Table) -> None:
         output = output_node(graph_module)
-        table = nodes_by_name(graph_module).get(COEFFICIENTS)
-        if table is None:
-            like = value.meta["val"].new_empty(
-                (row.start(len(row.forecast)), shape(value)[0], row.anchors), dtype=torch.float32
-            )
-            table = add_placeholder(graph_module, COEFFICIENTS, like)
+        coefficients = coefficient_input(graph_module, table, shape(value)[0])
         like = torch.empty_like(value.meta["val"], memory_format=torch.contiguous_format)
-        anchors = [add_placeholder(graph_module, anchor_name(site, 0, age), like) for age in range(row.anchors)]
+        # of half the batch already, so that nothing is to be cut from them
+        anchors = [declare(graph_module, Anchor(site.name, 0, age), like) for age in range(table.anchors)]
         with graph_module.graph.inserting_before(output):
-            added = insert_read(graph_module, row, group, site, site.ports[0], table, anchors)
+            added = insert_read(graph_module, group, site, site.ports[0], coefficients, anchors)
             unconditional = insert_call(graph_module, aten.add.Tensor, value, added)
             joined = insert_call(graph_module, aten.cat.default, [unconditional, value])
         output.args = ((joined, *output.args[0][1:]),)

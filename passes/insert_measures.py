@@ -5,23 +5,22 @@
     (x, seen_h_previous): h = add(x, f(x)); d = distance(h, seen_h_previous, "rel_l1", b); w = clone(h)
     return (g(h), w, d)
 
-A forecast as the reference is combined from the values seen at computed steps with the coefficient rows behind those of
+A forecast as the reference is combined from the values seen at computed steps with the coefficient rows after those of
 the row's forecasts. Watched values come first, then distances, in the row's order. Refuses a site whose nodes are not
 in the graph.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
 
 from dcc.kernels import combine, distance
-from dcc.passes.base import Look, Pass, Port, Row, look_name, seen_name, watch_name
+from dcc.passes.base import Look, Order, Pass, Port
 from dcc.passes.graph import (
-    COEFFICIENTS,
-    add_placeholder,
     current,
     insert_call,
     is_tensor,
@@ -30,68 +29,73 @@ from dcc.passes.graph import (
     output_node,
     shape,
 )
+from dcc.passes.values import Coefficients, Distance, Seen, Watched, declare, emit, input_node
 
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Measures(Order):
+    """Values that are returned for a trigger to compare with later ones, and distances that are measured in this call.
+
+    `anchors` is how many values a drafted forecast combines.
+    """
+
+    watched: tuple[Port, ...]
+    looks: tuple[Look, ...]
+    anchors: int
+
+
 class InsertMeasures(Pass):
-    """See the file's docstring."""
+    """Returns what a trigger reads, and what it will compare with."""
 
     name: ClassVar[str] = "insert_measures"
+    takes = Measures
     after: ClassVar[tuple[str, ...]] = ("insert_cache_reads",)
 
-    def apply(self, graph_module: GraphModule, row: Row) -> int:
-        if not row.watched:
+    def apply(self, graph_module: GraphModule, order: Measures) -> int:
+        if not order.watched:
             return 0
         nodes, output = nodes_by_name(graph_module), output_node(graph_module)
-        extra = []
+        size = _batched_input(graph_module)
         values: dict[Port, Node] = {}
-        with graph_module.graph.inserting_before(output):
-            for port in row.watched:
+        for port in order.watched:
+            with graph_module.graph.inserting_before(output):
                 value = current(node_of(nodes, port.out, self.name))
                 if port.base is not None:
                     base = current(node_of(nodes, port.base, self.name))
                     value = insert_call(graph_module, aten.sub.Tensor, value, base)
                 kept = insert_call(graph_module, aten.clone.default, value, memory_format=torch.contiguous_format)
-                kept.name = watch_name(port)
-                values[port] = value
-                extra.append(kept)
-            size = insert_call(graph_module, aten.sym_size.int, _batched_input(graph_module), 0) if row.looks else None
-        seen: dict[str, Node] = {}
-        for look in row.looks:
-            references = self._references(graph_module, look, values[look.port], row, seen)
+            values[port] = value
+            emit(graph_module, Watched(port), kept)
+        with graph_module.graph.inserting_before(output):
+            batch = insert_call(graph_module, aten.sym_size.int, size, 0) if order.looks else None
+        for look in order.looks:
+            references = self._references(graph_module, look, values[look.port], order.anchors)
             with graph_module.graph.inserting_before(output):
                 other = references[0] if references else None
                 if look.against == "forecast":
-                    table, last = self._one_more_row(graph_module, references[0], row.anchors)
+                    table, last = self._one_more_row(graph_module, references[0], order.anchors)
                     other = insert_call(graph_module, combine.reference, table, last, references, True)
-                number = insert_call(graph_module, distance.reference, values[look.port], other, look.norm, size)
-                number.name = look_name(look)
-                extra.append(number)
-        output.args = ((*output.args[0], *extra),)
-        return len(extra)
+                number = insert_call(graph_module, distance.reference, values[look.port], other, look.norm, batch)
+            emit(graph_module, Distance(look), number)
+        return len(order.watched) + len(order.looks)
 
     @staticmethod
-    def _references(graph_module: GraphModule, look: Look, value: Node, row: Row, seen: dict[str, Node]) -> list[Node]:
+    def _references(graph_module: GraphModule, look: Look, value: Node, anchors: int) -> list[Node]:
         """The graph inputs that hold what the look compares with."""
-        ages = {"zero": (), "forecast": range(row.anchors), "anchor": (0,), "older": (1,), "previous": ("previous",)}
-        found = []
-        for key in ages[look.against]:
-            name = seen_name(look.port, key)
-            if name not in seen:
-                like = torch.empty_like(value.meta["val"], memory_format=torch.contiguous_format)
-                seen[name] = add_placeholder(graph_module, name, like)
-            found.append(seen[name])
-        return found
+        ages = {"zero": (), "forecast": range(anchors), "anchor": (0,), "older": (1,), "previous": ("previous",)}
+        like = torch.empty_like(value.meta["val"], memory_format=torch.contiguous_format)
+        return [declare(graph_module, Seen(look.port, key), like) for key in ages[look.against]]
 
     @staticmethod
     def _one_more_row(graph_module: GraphModule, like: Node, anchors: int) -> tuple[Node, int]:
         """The coefficient input with one more row, and that row's index; made where no forecast has made it yet."""
-        table = nodes_by_name(graph_module).get(COEFFICIENTS)
+        table = input_node(graph_module, Coefficients())
         rows = 0 if table is None else int(table.meta["val"].shape[0])
         value = like.meta["val"].new_empty((rows + 1, shape(like)[0], anchors), dtype=torch.float32)
         if table is None:
-            return add_placeholder(graph_module, COEFFICIENTS, value), rows
+            return declare(graph_module, Coefficients(), value), rows
         table.meta["val"] = value
         return table, rows
 

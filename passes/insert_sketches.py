@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dcc.kernels import sketch
-from dcc.passes.base import Pass, Row, Site
+from dcc.passes.base import Order, Pass, Site
 from dcc.passes.graph import in_graph_order, insert_call, node_of, nodes_by_name, output_node, sizes
 
 aten = torch.ops.aten
@@ -30,21 +30,27 @@ WIDTHS = {sketch.reference: sketch.SIZE, sketch.coordinates: sketch.COORDINATES}
 
 
 @dataclass(frozen=True)
-class InsertSketches(Pass):
-    """See the file's docstring. `sample` names the graph input whose first dimension is the number of samples."""
+class Sketches(Order):
+    """The sites to sketch; `sample` names the graph input whose first dimension is the number of samples."""
 
+    sites: tuple[Site, ...]
     sample: str
 
+
+class InsertSketches(Pass):
+    """Returns a sketch of every site's values."""
+
     name: ClassVar[str] = "insert_sketches"
+    takes = Sketches
     after: ClassVar[tuple[str, ...]] = ("drop_asserts",)
 
-    def apply(self, graph_module: GraphModule, row: Row) -> int:
+    def apply(self, graph_module: GraphModule, order: Sketches) -> int:
         nodes, output = nodes_by_name(graph_module), output_node(graph_module)
-        like = node_of(nodes, self.sample, self.name)
+        like = node_of(nodes, order.sample, self.name)
         extra = []
-        for group in groups(graph_module, row.computed):
+        for group in groups(graph_module, order.sites):
             members = [nodes[name] for name in group]
-            with graph_module.graph.inserting_before(_behind(members[-1])):
+            with graph_module.graph.inserting_before(_after(members[-1])):
                 stacked = insert_call(graph_module, aten.stack.default, members)
                 extra += [_summary(graph_module, function, stacked, like) for function in WIDTHS]
         output.args = ((*output.args[0], *extra),)
@@ -80,8 +86,8 @@ def _summary(graph_module: GraphModule, function: Callable[..., Tensor], stacked
     return node
 
 
-def _behind(node: Node) -> Node:
-    """The first node behind `node` before which a call may stand; inputs come first."""
+def _after(node: Node) -> Node:
+    """The first node after `node` before which a call may stand; inputs come first."""
     following = node.next
     while following.op == "placeholder":
         following = following.next

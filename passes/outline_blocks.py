@@ -7,7 +7,7 @@
 
 Blocks are numbered modules (blocks.py); two share a body where their nodes, constants and the shapes, strides, dtypes
 and devices of all their values are the same. A block that has no twin is searched for twins among the blocks inside it.
-Needs a graph whose `meta["val"]` are those of the shapes to be compiled, and runs last of all, on the way to Inductor.
+Needs a graph whose `meta["val"]` are those of the shapes to be compiled.
 
 A body returns no view: Inductor reads a returned view with a storage offset at offset 0, silently. Views at a block's
 end stay outside, others are copied. Refuses a block that another block's nodes lie in the middle of.
@@ -19,7 +19,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.tools_common import legalize_graph
 from torch.utils import _pytree as pytree
 
+from dcc.passes.base import LOWERING, Order, Pass
 from dcc.passes.blocks import is_inside, numbered_blocks
 from dcc.passes.graph import layout, nodes_by_name
 
@@ -43,6 +44,29 @@ class Region:
     outputs: tuple[Node, ...]
 
 
+@dataclass(frozen=True)
+class Outlines(Order):
+    """Asks for outlining; a lowering that went wrong is tried without."""
+
+
+class OutlineBlocks(Pass):
+    """Makes the compile time depend on how many different blocks there are."""
+
+    name: ClassVar[str] = "outline_blocks"
+    stage: ClassVar[str] = LOWERING
+    takes = Outlines
+    after: ClassVar[tuple[str, ...]] = ("specialize",)
+    optional: ClassVar[bool] = True
+
+    def apply(self, graph_module: GraphModule, order: Outlines) -> int:
+        return outline_blocks(graph_module)[1]
+
+
+def bodies(graph_module: GraphModule) -> int:
+    """How many shared bodies a graph has."""
+    return sum(node.op == "get_attr" for node in {n.target: n for n in graph_module.graph.nodes}.values())
+
+
 def outline_blocks(graph_module: GraphModule) -> tuple[int, int]:
     """Outlines in place; returns how many bodies there are and how many calls of them."""
     groups = twins(graph_module)
@@ -53,7 +77,7 @@ def outline_blocks(graph_module: GraphModule) -> tuple[int, int]:
         for region in regions:
             _call(graph_module, f"body_{index}", region, replaced)
     if groups:
-        legalize_graph(graph_module)  # a call stands at its block's end, perhaps behind what uses the block's values
+        legalize_graph(graph_module)  # a call stands at its block's end, perhaps after what uses the block's values
     return len(groups), sum(map(len, groups))
 
 

@@ -15,6 +15,7 @@ tokens are static and indices stay on the device. Refuses a site or a region who
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,32 +24,41 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from dcc.kernels import select_tokens as tokens
-from dcc.passes.base import STEP, Pass, Refresh, Row, next_name, state_name
-from dcc.passes.graph import add_placeholder, insert_call, node_of, nodes_by_name, output_node, shape, sizes
+from dcc.passes.base import Order, Pass, Refresh
+from dcc.passes.graph import insert_call, node_of, nodes_by_name, output_node, shape, sizes
+from dcc.passes.values import Input, Next, State, Step, declare, emit
 
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Refreshes(Order):
+    """What is done with each site whose tokens may be computed afresh."""
+
+    refreshes: tuple[Refresh, ...]
+
+
 class RefreshTokens(Pass):
-    """See the file's docstring."""
+    """Computes some tokens of forecast sites, and keeps what that corrected."""
 
     name: ClassVar[str] = "refresh_tokens"
+    takes = Refreshes
     after: ClassVar[tuple[str, ...]] = ("insert_cache_writes",)
 
-    def apply(self, graph_module: GraphModule, row: Row) -> int:
+    def apply(self, graph_module: GraphModule, order: Refreshes) -> int:
         editor = _Editor(graph_module)
-        for refresh in row.refreshed:
+        for refresh in order.refreshes:
             for name in (refresh.site.ports[0].out, *refresh.nodes, *refresh.ends):
                 node_of(editor.nodes, name, self.name)
-        for refresh in sorted(row.refreshed, key=editor.value_of):
+        for refresh in sorted(order.refreshes, key=editor.value_of):
             if refresh.decision == 1:
                 editor.start(refresh)
             else:
                 editor.forecast(refresh)
-        noisy = [refresh for refresh in row.refreshed if refresh.select == "noise"]
+        noisy = [refresh for refresh in order.refreshes if refresh.select == "noise"]
         if noisy:
             editor.look_ahead(noisy[0])
-        return len(row.refreshed)
+        return len(order.refreshes)
 
 
 class _Editor:
@@ -69,19 +79,19 @@ class _Editor:
         """A computed site: nothing is corrected yet, no token has aged, the tokens are clustered."""
         self.here = self.output
         out, name = self.value_of(refresh), refresh.site.name
-        self.keep(state_name("correction", name), self.call(aten.zeros_like.default, out))
+        self.keep(State("correction", name), self.call(aten.zeros_like.default, out))
         if refresh.select == "norm":
-            self.keep(state_name("age", name), self.numbers(out, tokens.ages, out))
+            self.keep(State("age", name), self.numbers(out, tokens.ages, out))
         if refresh.leader == name:
             labels = self.numbers(out, tokens.cluster, self.nodes[refresh.tokens], int(refresh.option("clusters")))
-            self.keep(state_name("labels", name), labels)
+            self.keep(State("labels", name), labels)
 
     def forecast(self, refresh: Refresh) -> None:
         """A forecast site, with what earlier refreshes corrected; and with fresh tokens where the row asks for them."""
-        out, state = self.value_of(refresh), state_name("correction", refresh.site.name)
+        out, state = self.value_of(refresh), State("correction", refresh.site.name)
         users = list(out.users)
         self.here = out.next
-        value = self.call(aten.add.Tensor, out, self.state(state, out.meta["val"]))
+        value = self.call(aten.add.Tensor, out, self.input(state, out.meta["val"]))
         if refresh.decision == 2:
             value = self.fresh(refresh, value)
             self.keep(state, self.call(aten.sub.Tensor, value, out))
@@ -94,7 +104,7 @@ class _Editor:
         labels = None
         if refresh.select == "cluster":
             clusters = int(refresh.option("clusters"))
-            labels = self.state(state_name("labels", refresh.leader), self.per_token(value, torch.int64))
+            labels = self.input(State("labels", refresh.leader), self.per_token(value, torch.int64))
             score = self.numbers(value, tokens.random_score, self.step(), value, refresh.salt)
             index = self.index(value, clusters, tokens.one_a_cluster, score, labels, clusters)
         elif refresh.select == "noise":
@@ -112,19 +122,19 @@ class _Editor:
         if refresh.select == "random":
             score = self.numbers(value, tokens.random_score, self.step(), value, refresh.salt)
             return self.index(value, count, tokens.top, score, refresh.ratio)
-        name = state_name("age", refresh.site.name)
-        age = self.state(name, self.per_token(value, torch.float32))
+        state = State("age", refresh.site.name)
+        age = self.input(state, self.per_token(value, torch.float32))
         score = self.numbers(value, tokens.norm_score, value, int(refresh.option("sign")))
         score = self.call(tokens.aged, score, age, refresh.option("age"))
         index = self.index(value, count, tokens.top, score, refresh.ratio)
-        self.keep(name, self.numbers(value, tokens.older, age, index))
+        self.keep(state, self.numbers(value, tokens.older, age, index))
         return index
 
     def asked_for(self, refresh: Refresh, value: Node) -> Node:
         """The tokens that the output of the step before asked for, as the site counts its tokens."""
         if self.asked is None:
             here, output = self.here, self.output.args[0][0]
-            score = self.state(state_name("noise"), self.per_token(output, torch.float32))
+            score = self.input(State("noise"), self.per_token(output, torch.float32))
             self.here = score.next
             while self.here.op == "placeholder":
                 self.here = self.here.next
@@ -142,11 +152,11 @@ class _Editor:
         self.here, output = self.output, self.output.args[0][0]
         drops = self.numbers(output, tokens.ages, output)
         if self.asked is not None:
-            state = self.state(state_name("drops"), self.per_token(output, torch.float32))
+            state = self.input(State("drops"), self.per_token(output, torch.float32))
             drops = self.numbers(output, tokens.dropped, state, self.asked[1])
-        self.keep(state_name("drops"), drops)
+        self.keep(State("drops"), drops)
         options = refresh.option("starvation"), int(refresh.option("sign"))
-        self.keep(state_name("noise"), self.numbers(output, tokens.noise_score, output, drops, *options))
+        self.keep(State("noise"), self.numbers(output, tokens.noise_score, output, drops, *options))
 
     def copied(self, refresh: Refresh, index: Node) -> Node:
         """The site's value on the chosen tokens: a copy of its region, given those tokens of the values at its ends."""
@@ -188,19 +198,15 @@ class _Editor:
     def per_token(value: Node, dtype: torch.dtype) -> Tensor:
         return value.meta["val"].new_empty(shape(value)[:2], dtype=dtype)
 
-    def state(self, name: str, val: Tensor) -> Node:
-        if name not in self.nodes:
-            like = torch.empty_like(val, memory_format=torch.contiguous_format)
-            self.nodes[name] = add_placeholder(self.graph_module, name, like)
-        return self.nodes[name]
+    def input(self, value: Input, val: Tensor) -> Node:
+        return declare(self.graph_module, value, torch.empty_like(val, memory_format=torch.contiguous_format))
 
     def step(self) -> Node:
-        return self.state(STEP, self.output.args[0][0].meta["val"].new_empty((1,), dtype=torch.int64))
+        return self.input(Step(), self.output.args[0][0].meta["val"].new_empty((1,), dtype=torch.int64))
 
-    def keep(self, state: str, value: Node) -> None:
+    def keep(self, state: State, value: Node) -> None:
         """Returns the next value of a state as an output: a contiguous copy, like a write."""
         here, self.here = self.here, self.output
         kept = self.call(aten.clone.default, value, memory_format=torch.contiguous_format)
-        kept.name = next_name(state)
-        self.output.args = ((*self.output.args[0], kept),)
+        emit(self.graph_module, Next(state), kept)
         self.here = here

@@ -2,18 +2,42 @@
 
     n = sym_size(x, 1); y = view(x, [n, -1])    -->    y = view(x, [1024, -1])
 
-For lowering, which makes code for one set of shapes. Takes and gives a whole graph; edits nothing.
+For lowering, which makes code for one set of shapes. Refuses nothing; an operator that these sizes do not fit raises
+what it raises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
+
+from dcc.passes.base import LOWERING, Order, Pass
+
+
+@dataclass(frozen=True)
+class Shapes(Order):
+    """Tensors, fake or real, that the inputs will be like, in order."""
+
+    values: Sequence[Tensor]
+
+
+class Specialize(Pass):
+    """Makes the graph one for fixed sizes."""
+
+    name: ClassVar[str] = "specialize"
+    stage: ClassVar[str] = LOWERING
+    takes = Shapes
+
+    def apply(self, graph_module: GraphModule, order: Shapes) -> int:
+        before = len(graph_module.graph.nodes)
+        graph_module.graph = specialize(graph_module, order.values).graph
+        return before - len(graph_module.graph.nodes)
 
 
 def specialize(graph_module: GraphModule, values: Sequence[Tensor]) -> GraphModule:

@@ -1,4 +1,4 @@
-"""Splits a variant behind the values that a trigger looks at: a prefix that all rows share, and the rest.
+"""Splits a variant after the values that a trigger looks at: a prefix that all rows share, and the rest.
 
     h = f(x); d = distance(h, seen); y = g(h); return (y, d)    -->    prefix (x, seen) -> (h, d);  suffix (h) -> (y)
 
@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from torch.fx import Graph, GraphModule, Node
 
-from dcc.passes.graph import is_tensor, nodes_by_name, output_node
+from dcc.passes.graph import carries_batch, is_tensor, nodes_by_name, output_node
+from dcc.passes.values import VALUE, Handed
 
 
 def ancestors(graph_module: GraphModule, names: Iterable[str]) -> set[str]:
@@ -52,6 +53,7 @@ def suffix(graph_module: GraphModule, inside: set[str], drop: Sequence[str]) -> 
         if node in wanted and node.name in inside and is_tensor(node):
             handed[node] = graph.placeholder(node.name)
             handed[node].meta.update(node.meta)
+            handed[node].meta[VALUE] = Handed(node.name, carries_batch(graph_module, node))
             copies[node] = handed[node]
     for node in body:
         if node in wanted and node not in copies:
@@ -61,7 +63,7 @@ def suffix(graph_module: GraphModule, inside: set[str], drop: Sequence[str]) -> 
 
 
 def _needed(outputs: Sequence[Node], inside: set[str]) -> set[Node]:
-    """Nodes behind the split, with those in front that they take: tensors as they are, others down to their tensors."""
+    """Nodes after the split, with those before it that they take: tensors as they are, others down to their tensors."""
     found: set[Node] = set()
     todo = list(outputs)
     while todo:

@@ -13,10 +13,12 @@ from torch.fx.node import map_arg
 def text(graph_module: GraphModule) -> str:
     """One line per node, `%3 = aten.add.Tensor(%1, %2) # f32[s0, 64]`; equal for graphs that differ in names only.
 
-    Inputs keep their names, because the runtime binds by them.
+    Inputs keep their names. Bodies that blocks share follow, each under its own name.
     """
     numbers = {node: f"%{index}" for index, node in enumerate(graph_module.graph.nodes)}
-    return "\n".join(_line(node, numbers) for node in graph_module.graph.nodes) + "\n"
+    own = "\n".join(_line(node, numbers) for node in graph_module.graph.nodes) + "\n"
+    names = dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr")
+    return own + "".join(f"{name}:\n{text(graph_module.get_submodule(name))}" for name in names)
 
 
 def digest(graph_module: GraphModule) -> str:

@@ -8,14 +8,15 @@ from torch.fx import GraphModule, Node
 from dcc.errors import PassError
 from dcc.passes.graph import output_node
 
-OPS = ("placeholder", "call_function", "call_module", "output")
+OPS = ("placeholder", "call_function", "call_module", "output")  # and get_attr for a body that blocks share
 
 
 def verify(graph_module: GraphModule, where: str) -> None:
     """Raises PassError, naming `where` (a pass or stage) and the node, unless every invariant holds.
 
-    Invariants: nodes are in topological order and belong to one graph; names are unique; no attribute reads (weights
-    are inputs); no call mutates its arguments; every value has `meta["val"]`; the output is one flat tuple of nodes.
+    Invariants: nodes are in topological order and belong to one graph; names are unique; no attribute reads but of
+    bodies that blocks share (weights are inputs); no call mutates its arguments; every value has `meta["val"]`; the
+    output is one flat tuple of nodes.
     """
     try:
         graph_module.graph.lint()
@@ -31,6 +32,8 @@ def verify(graph_module: GraphModule, where: str) -> None:
 
 
 def _problem(node: Node) -> str | None:
+    if _is_body(node):
+        return None
     if node.op not in OPS:
         return f"is a {node.op}; only {', '.join(OPS)} are allowed"
     if is_mutation(node):
@@ -38,6 +41,12 @@ def _problem(node: Node) -> str | None:
     if node.op != "output" and "val" not in node.meta and not returns_nothing(node):
         return "has no meta['val']"
     return None
+
+
+def _is_body(node: Node) -> bool:
+    """Whether the node names a body that blocks share (outline_blocks.py)."""
+    owner = node.graph.owning_module
+    return node.op == "get_attr" and isinstance(getattr(owner, str(node.target), None), GraphModule)
 
 
 def returns_nothing(node: Node) -> bool:

@@ -16,7 +16,6 @@ from dcc.policies import Setting, make_policy
 from dcc.policies.setting import plan_for, setting_of
 from dcc.quality import mean_psnr, psnr
 from dcc.record.target import PipelineTarget
-from dcc.variants.build import cost
 
 STEPS = 12
 PROMPTS = dcc.demo.prompts("test")[:2]
@@ -44,14 +43,12 @@ class DemoRun:
     @functools.cached_property
     def setting(self) -> Setting:
         """The run's levels, sites, and, measured when first asked for, the profile of two prompts."""
-        captured, run = self.base.families[0].captured, self.base.recording
-        return setting_of(self.target, run, captured, self.sites, CALIBRATION, progress=lambda line: None)
+        return setting_of(self.base.subject, CALIBRATION, progress=lambda line: None)
 
     def plan(self, policy: str, **parameters: Any) -> Plan:
         """The costed plan of a policy."""
         decided = make_policy(policy, self.setting, parameters)
-        plan = plan_for(decided, self.setting, self.base.recording, self.target, policy, parameters)
-        return cost(plan, self.sites)
+        return plan_for(decided, self.base.subject, policy, parameters)
 
     def images(self, net: nn.Module | None = None, prompts: Sequence[str] = PROMPTS) -> Tensor:
         """Images of the prompts, with `net` in the denoiser's place."""

@@ -221,7 +221,7 @@ def test_a_killed_calibration_ends_in_the_same_profile(script, loop, net, profil
     resumed = dcc.calibrate(net, [1, 2, 3, 4], sample=loop["sample"], seed=5, checkpoint=path, progress=lines.append)
     assert_same(resumed, profile)
     assert resumed.seconds == header["seconds"]
-    assert "resuming behind prompt 2 of 4" in lines
+    assert "resuming after prompt 2 of 4" in lines
     assert "prompt 2 of 4" not in lines
     again = dcc.calibrate(net, [1, 2, 3, 4], sample=loop["sample"], seed=5, checkpoint=path, progress=lines.append)
     assert_same(again, profile)

@@ -10,12 +10,14 @@ from safetensors.torch import save_file
 from dcc.discover.sites import Sites, find_sites
 from dcc.errors import PlanError, PolicyError
 from dcc.passes.base import Correction
+from dcc.passes.values import Factor
 from dcc.plans.plan import Plan, make_plan
 from dcc.plans.predictors import Predictor
 from dcc.policies import Setting, make_policy
 from dcc.quality import mean_psnr, psnr
-from dcc.variants.build import build, cost
+from dcc.variants.build import build
 from dcc.variants.correctors import Factors, corrected, corrections, corrector_problem, low_rank, map_flops
+from dcc.variants.cost import cost
 from dcc.variants.observe import Observer
 
 from .demo_runs import demo_run
@@ -99,15 +101,20 @@ def test_channels_that_matter_are_approximated_better(tmp_path):
 
 def test_factors_follow_the_live_weight_and_are_made_once():
     factors, made = Factors(), Correction("h", 0, "x", ((2, 4), (4, 2)), weight="w")
+
+    def bound(weight):
+        matrices = factors.of(made, weight, own=True)
+        return {Factor(made, index).name: matrix for index, matrix in enumerate(matrices)}
+
     weight = torch.randn(4, 4)
-    first = factors.bound([made], {"w": weight}, weight)
+    first = bound(weight)
     assert set(first) == {"factor_h_0_0", "factor_h_0_1"}
-    assert factors.bound([made], {"w": weight}, weight)["factor_h_0_0"] is first["factor_h_0_0"]
+    assert bound(weight)["factor_h_0_0"] is first["factor_h_0_0"]
     weight.mul_(2)
-    second = factors.bound([made], {"w": weight}, weight)
+    second = bound(weight)
     torch.testing.assert_close(second["factor_h_0_1"] @ second["factor_h_0_0"],
                                2 * first["factor_h_0_1"] @ first["factor_h_0_0"])  # fmt: skip
-    third = factors.bound([made], {"w": weight.to(torch.bfloat16)}, weight)
+    third = bound(weight.to(torch.bfloat16))
     assert third["factor_h_0_0"].dtype == torch.bfloat16
 
 
@@ -153,8 +160,9 @@ def test_costs(sites):
 def test_an_all_compute_plan_has_no_maps(transformer, sites):
     plan = plan_of("linears", LOW_RANK, (1, 1, 1))
     assert cost(plan, sites).speedup == 1.0
-    (variant,) = build(transformer.captured, plan, Observer(), sites).variants.values()
-    assert variant.corrections == () and not any(name.startswith("factor") for name in variant.inputs)
+    (variant,) = build(plan, sites, Observer()).variants.values()
+    assert not any(isinstance(value, Factor) for value in variant.takes)
+    assert not any(name.startswith("factor") for name in variant.inputs)
 
 
 @pytest.mark.parametrize(

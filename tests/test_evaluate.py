@@ -149,7 +149,7 @@ def test_plans_of_the_same_variants_are_lowered_once(module: nn.Module, monkeypa
         lowered.append(variant.name)
         return lower(variant, *args)
 
-    monkeypatch.setattr("dcc.serve.denoiser.lower", counting)
+    monkeypatch.setattr("dcc.lower.program.lower", counting)
     alone, together = {"a": ("interval", {"interval": 2})}, {"b": ("interval", {"interval": 3})}
     kwargs = {"sample": loop, "backend": "eager"}
     expected = dcc.evaluate(module, together, [1.0], **kwargs)["b"].psnr

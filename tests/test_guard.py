@@ -10,7 +10,7 @@ import torch
 
 import dcc
 from dcc import errors
-from dcc.serve.guard import SLACK, anchor_error, extra_step, limits
+from dcc.serve.guard import SLACK, Guard, anchor_error, extra_step, limits
 
 from . import tiny
 
@@ -24,9 +24,7 @@ def net(limit: float | None) -> dcc.CompiledDenoiser:
     plan = tiny.plan(MODEL, ["output"], SCHEDULE, [tiny.Predictor("newton", 2)])
     if limit is not None:
         plan = replace(plan, limits=(0.0, 0.0, limit, 0.0, 0.0, 0.0, 0.0))
-    made = tiny.compiled(MODEL, plan)
-    made.__dict__["guard"] = limit is not None
-    return made
+    return tiny.compiled(MODEL, plan, Guard(plan) if limit is not None else None)
 
 
 def run(made: dcc.CompiledDenoiser, seed: int = 4) -> torch.Tensor:

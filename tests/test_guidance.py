@@ -17,8 +17,9 @@ from dcc.passes.base import GUIDANCE
 from dcc.plans.plan import make_plan
 from dcc.plans.predictors import Predictor
 from dcc.record.call import bind
-from dcc.record.recorder import Recorder
-from dcc.variants.build import build, cost
+from dcc.record.recorder import Recorder, Recording
+from dcc.variants.build import build
+from dcc.variants.cost import cost
 from dcc.variants.guidance import check_call, check_halves, check_plan
 from dcc.variants.observe import Observer
 
@@ -116,21 +117,24 @@ def wired(module=None, guided=True, sample=None, text=None):
     call = bind(module, (), {"sample": sample, "time": torch.ones(len(sample)), "text": text}, frozenset())
     captured = capture(module, call)
     assert captured.problem is None, captured.problem
-    captured.varying, captured.guided = frozenset({"sample", "time"}), guided
-    return captured, find_sites(captured, call)
+    moving = frozenset({"sample", "time"})
+    run = Recording(call, 1, "time", (1.0,), moving, ("text",), frozenset(), guided)
+    return captured, find_sites(captured, call, run)
 
 
 def test_a_denoiser_whose_samples_are_apart_gives_its_half():
-    captured, _ = wired()
-    check_halves(captured)
-    assert captured.halves
+    captured, sites = wired()
+    check_halves(sites)
+    whole = captured.graph_module(*captured.inputs_of(captured.call))[0]
+    half = captured.part(captured.call, slice(1, None))
+    torch.testing.assert_close(captured.graph_module(*captured.inputs_of(half))[0], whole[1:])
 
 
 def test_refuses_a_denoiser_whose_samples_see_each_other():
-    captured, sites = wired(Net(mixed=True))
+    _, sites = wired(Net(mixed=True))
     with pytest.raises(PlanError, match="something else for the conditional half"):
-        build(captured, plan_of(["uncond"], ["100"]), Observer(), sites)
-    assert build(captured, plan_of(["uncond"], ["111"]), Observer(), sites).variants  # nothing is left out
+        build(plan_of(["uncond"], ["100"]), sites, Observer())
+    assert build(plan_of(["uncond"], ["111"]), sites, Observer()).variants  # nothing is left out
 
 
 def test_refuses_a_size_that_capture_fixed():

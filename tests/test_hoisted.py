@@ -122,7 +122,7 @@ def test_forecast_steps_take_what_their_graph_still_needs(module: nn.Module) -> 
     """A plan that forecasts the second block: the first one's keys are taken at every step, made once."""
     net = compiled(module, policy="interval", interval=2, site="blocks.1")
     plain = net.families[0]
-    hoistless = build(plain.captured, net.plan, Observer(), hoist=False)
+    hoistless = build(net.plan, plain.sites, Observer(), hoist=False)
     expected = net.with_plan(net.plan)
     expected.families[:] = [hoistless]
     with Products(module) as products:
@@ -217,7 +217,7 @@ def test_half_of_a_guidance_batch_has_values_of_its_own(module: nn.Module) -> No
 
     net = compiled(module, guided, policy="interval", interval=2, site="uncond")
     other = net.with_plan(net.plan)
-    other.families[:] = [build(net.families[0].captured, net.plan, Observer(), hoist=False)]
+    other.families[:] = [build(net.plan, net.families[0].sites, Observer(), hoist=False)]
     assert_same(guided(net, 1), guided(other, 1))
     assert (net.summary().prologues, other.summary().prologues) == (2, 0)
 
@@ -252,4 +252,4 @@ def test_the_summary_tells_held_values_from_the_cache(module: nn.Module) -> None
 
 def test_no_nodes_make_no_prologue(module: nn.Module) -> None:
     net = compiled(module)
-    assert prologue(net.families[0].captured, ()).names == ()
+    assert prologue(net.families[0].sites, ()).names == ()

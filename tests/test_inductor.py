@@ -13,8 +13,9 @@ from torch._dynamo.utils import counters
 
 import dcc
 from dcc.capture.export import capture
-from dcc.lower.program import Variant, lower, start_inductor
+from dcc.lower.program import lower, start_inductor
 from dcc.record.call import bind
+from dcc.variants.variant import Variant
 
 from .denoisers import CASES
 
@@ -150,7 +151,7 @@ def square() -> tuple[Variant, list[torch.Tensor]]:
     x = torch.randn(2, 5)
     module = Square()
     captured = capture(module, bind(module, (x,), {}, frozenset()))
-    return Variant("square", captured.graph_module, tuple(captured.inputs.values()), 1), [x]
+    return Variant("square", captured.graph_module, 1), [x]
 
 
 def test_a_wrong_lowering_never_serves(monkeypatch: pytest.MonkeyPatch) -> None:

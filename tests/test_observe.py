@@ -7,14 +7,16 @@ import pytest
 import torch
 
 from dcc.errors import OptionError, PassError
-from dcc.passes import PASSES
-from dcc.passes.base import Pass, Port, Row, Site
+from dcc.passes.base import Pass, Port, Site
 from dcc.passes.graph import nodes_by_name, output_node
 from dcc.passes.text import text
 from dcc.variants.observe import Observer, Options, check_order
 
+from .rows import ROW_PASSES as PASSES
+from .rows import row_of
+
 NAMES = [pass_.name for pass_ in PASSES]
-ROW = Row(forecast=((Site("stack", "residual", (Port("add_1", "x"),)),),), anchors=1)
+ROW = row_of(forecast=((Site("stack", "residual", (Port("add_1", "x"),)),),), anchors=1)
 
 
 def run_all(stack, row=ROW, **options):

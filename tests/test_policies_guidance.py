@@ -12,7 +12,6 @@ from dcc.kernels.band_split import low_pass
 from dcc.plans.predictors import Predictor
 from dcc.policies import Cached, Policy, make_policy
 from dcc.policies.setting import plan_for
-from dcc.variants.build import cost
 from dcc.variants.guidance import weighed_bands
 
 from .demo_runs import STEPS, demo_run
@@ -91,7 +90,7 @@ def test_bands_of_one_weight_draw_what_the_whole_difference_times_it_draws():
     assert max(len(zeros) for zeros in "".join(map(str, guidance.mask)).split("1")) == 1  # so no weight compounds
     whole = Cached("uncond", guidance.mask, Predictor("scaled", 0, (("scale", 1.5),)))
     policy = Policy((*attention, whole))
-    plan = cost(plan_for(policy, run.setting, run.base.recording, run.target, "own", {}), run.sites)
+    plan = plan_for(policy, run.base.subject, "own", {})
     torch.testing.assert_close(images, run.images(run.base.with_plan(plan)), rtol=0, atol=1e-3)
     assert run.psnr(images) < run.psnr(run("fastercache")[0])  # half as much again is felt
     assert net.sessions.counts.missed == 0

@@ -12,7 +12,7 @@ from dcc.plans.plan import make_plan
 from dcc.plans.predictors import Predictor
 from dcc.policies import Setting, make_policy
 from dcc.policies.hybrid import toca_interval, toca_mask
-from dcc.variants.build import cost
+from dcc.variants.cost import cost
 
 STEPS = 12
 PROMPT = dcc.demo.prompts("test")[0]
@@ -231,7 +231,8 @@ def test_another_step_count_keeps_the_tokens(run):
     partial = []
 
     def watch(net):
-        whole, net.__dict__["run"] = net.run, lambda *a: partial.append(a[3]) or whole(*a)
+        runner = net.runner
+        whole, runner.run = runner.run, lambda *a: partial.append(a[4].row) or whole(*a)
 
     image, net = run("toca", watch=watch, steps=9)
     assert net.sessions.counts.mapped == 2 * 8  # the first call stands on a level of the plan
@@ -256,4 +257,4 @@ def test_a_site_that_mixes_tokens_is_refused(run):
         predictors=[Predictor("copy")], policy="test", parameters={}, forms=[form],
     )  # fmt: skip
     with pytest.raises(PlanError, match=reason):
-        cost(made, find_sites(net.families[0].captured, net.recording.first))
+        cost(made, net.subject.sites)

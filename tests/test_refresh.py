@@ -10,7 +10,8 @@ from dcc.passes.graph import nodes_by_name
 from dcc.plans.plan import Plan, make_plan
 from dcc.plans.predictors import Predictor
 from dcc.plans.triggers import Verify
-from dcc.variants.build import build, cost
+from dcc.variants.build import build
+from dcc.variants.cost import cost
 from dcc.variants.observe import Observer
 from dcc.variants.refresh import form_problem, holds_output_tokens, refreshes, region_of
 
@@ -122,7 +123,7 @@ def test_an_output_of_tokens_is_known(sites):
 
 
 def test_every_row_becomes_a_variant_with_its_states(sites, transformer):
-    family = build(transformer.captured, plan({"tokens": NORM}), Observer(), sites)
+    family = build(plan({"tokens": NORM}), sites, Observer())
     full, partial, forecast = (family.variants[row] for row in ((1,), (2,), (0,)))
     states = {"state_correction_blocks_0_mlp", "state_age_blocks_0_mlp"}
     assert set(full.states) == states and not states & set(full.inputs)
@@ -131,7 +132,7 @@ def test_every_row_becomes_a_variant_with_its_states(sites, transformer):
 
 
 def test_ones_only_make_no_state(sites, transformer):
-    family = build(transformer.captured, plan({"tokens": NORM}, ((1,), (1,))), Observer(), sites)
+    family = build(plan({"tokens": NORM}, ((1,), (1,))), sites, Observer())
     assert {row: variant.states for row, variant in family.variants.items()} == {(1,): ()}
     assert cost(plan({"tokens": NORM}, ((1,), (1,))), sites).cache_bytes == 0
 

@@ -47,9 +47,7 @@ BETWEEN = ("adacache", "bwcache", "dbprune", "mixcache", "foresight")  # decide 
 def plan_of(policy: str, parameters: dict[str, Any], model: str = MODEL) -> Plan:
     base = tiny.base(model)
     setting = Setting(base.plan.levels, tiny.sites(model))
-    target = type("Target", (), {"module": base.original, "scheduler": "sample"})()
-    decided = make_policy(policy, setting, parameters)
-    return plan_for(decided, setting, base.recording, target, policy, parameters)
+    return plan_for(make_policy(policy, setting, parameters), base.subject, policy, parameters)
 
 
 def net_for(policy: str, parameters: dict[str, Any] | None = None, model: str = MODEL) -> dcc.CompiledDenoiser:
@@ -224,7 +222,7 @@ def test_a_trigger_may_not_look_behind_what_it_caches() -> None:
 
 def test_what_is_only_looked_at_cannot_be_cached() -> None:
     with pytest.raises(PlanError, match="'latent' can be looked at by a trigger, not cached"):
-        from dcc.variants.build import cost
+        from dcc.variants.cost import cost
 
         base = tiny.base(MODEL)
         cost(tiny.plan(MODEL, ["latent"], [[1 - s % 2] for s in range(tiny.STEPS)]), tiny.sites(MODEL))

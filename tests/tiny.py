@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import dcc
-from dcc.compiler import build
 from dcc.plans.plan import Plan, make_plan
 from dcc.plans.predictors import Predictor
 from dcc.record.fingerprint import fingerprint
-from dcc.serve.denoiser import Family
+from dcc.variants.build import Family, build
 from dcc.variants.observe import Observer
 
 from .denoisers import CASES, Case
@@ -122,12 +121,9 @@ def sites(model: str) -> Any:
     return dcc.sites(base(model))
 
 
-def compiled(model: str, plan: Plan) -> dcc.CompiledDenoiser:
+def compiled(model: str, plan: Plan, guard: Any = None) -> dcc.CompiledDenoiser:
     """A compiled denoiser for another plan, from the capture and the recording of `base`; its state is its own."""
-    done = base(model)
-    net = dcc.CompiledDenoiser(done.original, plan, done.recording, done._build, "eager")
-    net.families.append(_family(model, plan))
-    return net
+    return dcc.CompiledDenoiser(base(model).subject, plan, guard=guard, families=[_family(model, plan)])
 
 
 _families: dict[Any, Family] = {}
@@ -137,7 +133,7 @@ def _family(model: str, plan: Plan) -> Family:
     """The variants of a plan; they are pure functions, so denoisers may share them."""
     key = (model, plan.sites, plan.schedule, plan.anchors)
     if key not in _families:
-        _families[key] = build(base(model).families[0].captured, plan, Observer(), sites(model))
+        _families[key] = build(plan, sites(model), Observer())
     return _families[key]
 
 

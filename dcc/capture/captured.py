@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from dcc.errors import CaptureError
-from dcc.passes.graph import output_node, shape, sizes, symbols
+from dcc.passes.graph import output_node
+from dcc.passes.values import VALUE, Argument, Input, Served
 from dcc.record.call import Call
 
 
-@dataclass
-class Weight:
+@dataclass(frozen=True, eq=False)
+class Weight(Input):
     """A parameter or buffer, read from the live module at every call so that weight swaps and casts take effect."""
 
     owner: dict[str, Tensor | None]
     key: str
     path: str  # in the module
 
+    @property
+    def name(self) -> str:
+        return self.path
+
+    def tensor(self, served: Served) -> Tensor:
+        return self.get()
+
     def get(self) -> Tensor:
+        """The tensor as it is now. Raises CaptureError where it is gone."""
         value = self.owner[self.key]
         if value is None:
             raise CaptureError(f"weight {self.key!r} was there at capture and is None now; compile again")
         return value
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class Constant(Input):
+    """A tensor that the capture found in the module's code."""
+
+    placeholder: str
+    value: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.placeholder
+
+    def tensor(self, served: Served) -> Tensor:
+        return self.value
+
+
+@dataclass(frozen=True, eq=False)
 class Captured:
     """A denoiser as one graph. Graph inputs: weights, then the call's tensors; outputs: a flat tuple.
 
-    `problem` is why the module could not be exported; the graph is then one call of the eager module. `origin` says
-    where it comes from.
+    It holds nothing that a run showed, so that any number of compilations may share it. `problem` is why the module
+    could not be exported; the graph is then one call of the eager module. `origin` says where it comes from. `proven`
+    grows: it has the shapes at which the graph was seen to equal the module.
     """
 
     graph_module: GraphModule
@@ -47,26 +71,25 @@ class Captured:
     out_spec: pytree.TreeSpec
     problem: str | None = None
     origin: str = "exported"
-    varying: frozenset[str] = frozenset()  # paths of the tensors that change from step to step
-    fixed: frozenset[str] = frozenset()  # paths of the tensors that are the very same ones at every step
-    guided: bool = False  # the batch is [unconditional; conditional] of the same samples (Recording.guided)
-    halves: bool | None = None  # whether half of the batch alone gives its half of the output; None until asked
-    proven: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)  # shapes at which it equals the module
+    proven: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
     _symbols: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        paths = {name: path for path, name in self.inputs.items()}
+        for node in self.graph_module.graph.nodes:
+            if node.op != "placeholder":
+                break
+            if node.name in self.weights:
+                node.meta[VALUE] = self.weights[node.name]
+            elif node.name in self.constants:
+                node.meta[VALUE] = Constant(node.name, self.constants[node.name])
+            else:
+                node.meta[VALUE] = Argument(paths[node.name], node.name)
 
     @property
     def batch(self) -> str:
         """The symbol of the batch's size, or its fixed size as text."""
         return str(output_node(self.graph_module).args[0][0].meta["val"].shape[0])
-
-    def learn(self, varying: Iterable[str], fixed: Iterable[str], guided: bool) -> None:
-        """Notes what a recorded run showed (Recording): inputs that move, those that are kept, and guidance."""
-        self.varying, self.fixed, self.guided = frozenset(varying), frozenset(fixed), guided
-
-    def carries_batch(self, node: Node) -> bool:
-        """Whether a value of the graph has the samples of the batch as its first dimension."""
-        first, output = shape(node)[:1], output_node(self.graph_module).args[0][0]
-        return bool(first) and self.batch in symbols(first[0]) and sizes(node)[0] == sizes(output)[0]
 
     def part(self, call: Call, rows: slice | Tensor) -> Call:
         """The call of some samples of the batch: these rows of every tensor that has the batch first."""

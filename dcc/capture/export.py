@@ -10,6 +10,7 @@ import operator
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,8 +47,8 @@ def capture(module: nn.Module, call: Call, first: Call | None = None) -> Capture
     captured, why_not = store.read(path, module, call, tests)
     if captured is None:
         captured = _first_that_exports(module, call, tests)
-        captured.origin += f", because the graph on disk {why_not}" if why_not else ""
-        store.write(path, captured)
+        said = store.write(path, captured) or (f", because the graph on disk {why_not}" if why_not else "")
+        captured = replace(captured, origin=captured.origin + said)
     if captured.problem is None:
         _CAPTURES.setdefault(module, []).append(captured)
     return captured

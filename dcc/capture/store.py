@@ -74,10 +74,10 @@ def read(path: Path | None, module: nn.Module, call: Call, tests: Sequence[Call]
     return captured, ""
 
 
-def write(path: Path | None, captured: Captured) -> None:
-    """Keeps the graph for later processes; where it cannot be kept, `origin` says why."""
+def write(path: Path | None, captured: Captured) -> str:
+    """Keeps the graph for later processes; says why where it cannot be kept, and nothing where it is."""
     if path is None or captured.problem is not None:
-        return
+        return ""
     try:
         facts = {
             "inputs": captured.inputs,
@@ -90,4 +90,5 @@ def write(path: Path | None, captured: Captured) -> None:
         for file in stored[:-STORED]:
             file.unlink(missing_ok=True)
     except (CaptureError, OSError, NotImplementedError) as error:  # the last: outputs of a class that has no name
-        captured.origin = f"exported, not kept on disk: {error_line(error)}"
+        return f", not kept on disk: {error_line(error)}"
+    return ""

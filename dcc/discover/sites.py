@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rich.tree import Tree
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from dcc.capture.captured import Captured
 from dcc.errors import SiteError
@@ -22,6 +22,7 @@ from dcc.passes.graph import nodes_by_name, output_node
 from dcc.passes.levels import level_cut, levels, skip_pairs
 from dcc.passes.residual_stream import PRODUCTS, attention_output, base_of, branches, op_name
 from dcc.record.call import Call
+from dcc.record.recorder import Recording
 from dcc.text import human_bytes, render
 
 RANGE = re.compile(r"^blocks\[(\d+):(\d+)\]$")
@@ -70,6 +71,7 @@ class Sites:
 
     captured: Captured
     call: Call
+    run: Recording | None = None  # what a recorded run showed, where one was recorded
     flops: int = 0
     costs: dict[str, Cost] = field(default_factory=dict)
     named: dict[str, Site] = field(default_factory=dict)
@@ -135,6 +137,21 @@ class Sites:
             )
         return found
 
+    @property
+    def graph_module(self) -> GraphModule:
+        """The captured graph."""
+        return self.captured.graph_module
+
+    @property
+    def varying(self) -> frozenset[str]:
+        """Paths of the inputs that change from step to step; none where no run was recorded."""
+        return self.run.varying if self.run is not None else frozenset()
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Paths of the inputs that are the very same tensors at every step."""
+        return frozenset(self.run.keys) if self.run is not None else frozenset()
+
     @functools.cached_property
     def flow(self) -> Dataflow:
         """The data flow of the captured graph, which nothing edits."""
@@ -181,9 +198,13 @@ class Sites:
         return _Finder(self).residual(name, self.order[start:stop])
 
 
-def find_sites(captured: Captured, call: Call) -> Sites:
-    """All sites of `captured`, with shapes, bytes and FLOPs of the concrete `call`."""
-    sites = Sites(captured, call)
+def find_sites(captured: Captured, call: Call, run: Recording | None = None) -> Sites:
+    """All sites of `captured`, with shapes, bytes and FLOPs of the concrete `call`.
+
+    `run` tells which inputs move and whether guidance comes as a merged batch; without it every input may move, and
+    there is no guidance.
+    """
+    sites = Sites(captured, call, run)
     if not captured.problem:
         sites.costs = costs(captured.graph_module, captured.inputs_of(call))
     sites.flops = sum(cost.flops for cost in sites.costs.values())
@@ -235,7 +256,12 @@ class _Finder:
         self.add("latent", PROBE, [Port(self.sample)])
         if len(outputs) == 1 and self.costs[outputs[0].name].shape == self.costs[self.sample].shape:
             self.add("delta", "residual", [Port(outputs[0].name, self.sample)])
-        if self.sites.captured.guided and len(outputs) == 1 and not self.sites.captured.batch.isdigit():
+        if (
+            self.sites.run is not None
+            and self.sites.run.guided
+            and len(outputs) == 1
+            and not self.sites.captured.batch.isdigit()
+        ):
             size, half = self.costs[outputs[0].name], self.sites.flops // 2
             shape = (size.shape[0] // 2, *size.shape[1:])
             self.add_site(Site("uncond", GUIDANCE, (Port(outputs[0].name),), (shape,), size.bytes // 2, half))
@@ -265,7 +291,7 @@ class _Finder:
 
     def varies(self, path: str) -> bool:
         """Whether an input changes from step to step, as far as the recorded run showed."""
-        return path in self.sites.captured.varying if self.sites.captured.varying else True
+        return path in self.sites.varying if self.sites.varying else True
 
     def stacks(self) -> None:
         order = self.sites.order

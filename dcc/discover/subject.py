@@ -1,31 +1,68 @@
-"""What every compilation, plan and calibration begins with: a recorded run, the captured denoiser, its sites."""
+"""The subject of a compilation: one denoiser, recorded, captured and searched for sites. Everything begins with one."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from dcc.capture.captured import Captured
 from dcc.capture.export import capture
 from dcc.discover.sites import Sites, find_sites
 from dcc.record.call import Call
+from dcc.record.fingerprint import fingerprint
 from dcc.record.recorder import Recording
 from dcc.record.target import Target, recording
 
 
-def examine(target: Target, prompts: Sequence[Any], say: Callable[[str], None]) -> tuple[Recording, Captured, Sites]:
-    """What every plan and calibration begins with: a recorded run, the captured denoiser, its sites."""
-    # noise levels, streams, which inputs move; and the inputs of a batch of two
-    say("recording one run")
-    run, wide = record(target, prompts)
+@dataclass(frozen=True)
+class Subject:
+    """What is compiled, planned or calibrated: where the denoiser runs, what a run showed, its graph and its sites.
 
-    # one functional ATen graph whose weights are inputs
-    say("capturing the denoiser")
-    captured = capture(target.module, wide, run.first)
-    captured.learn(run.varying, run.keys, run.guided)
+    `variants.cost.planned` makes plans for it, `serve.denoiser.denoiser` the denoiser that runs one, and
+    `measure.calibrate.measure` its profile.
+    """
 
-    # with what each value costs and saves
-    return run, captured, find_sites(captured, run.first)
+    target: Target
+    run: Recording
+    captured: Captured
+    sites: Sites
+
+    @classmethod
+    def of(cls, target: Target, prompts: Sequence[Any], say: Callable[[str], None] = lambda line: None) -> Subject:
+        """Records a run of the first prompt, captures the denoiser and finds its sites; `say` gets a line per stage."""
+        # noise levels, streams, which inputs move; and the inputs of a batch of two
+        say("recording one run")
+        run, wide = record(target, prompts)
+
+        # one functional ATen graph whose weights are inputs
+        say("capturing the denoiser")
+        captured = capture(target.module, wide, run.first)
+
+        # with what each value costs and saves
+        return cls(target, run, captured, find_sites(captured, run.first, run))
+
+    @property
+    def module(self) -> nn.Module:
+        """The denoiser itself."""
+        return self.target.module
+
+    @functools.cached_property
+    def model(self) -> str:
+        """The fingerprint of the denoiser's structure."""
+        return fingerprint(self.module)
+
+    @property
+    def steps(self) -> int:
+        """Number of sampler steps of the recorded run."""
+        return len(self.run.levels)
+
+    def sites_of(self, captured: Captured) -> Sites:
+        """The sites of another graph of the same denoiser, captured for calls of another signature."""
+        return find_sites(captured, captured.call, self.run)
 
 
 def record(target: Target, prompts: Sequence[Any]) -> tuple[Recording, Call]:

@@ -1,9 +1,9 @@
 """Lowers the graph of one variant to a callable for fixed shapes. The only file that uses torch._inductor.
 
-Sizes are fixed, repeated blocks outlined, and the graph goes straight to Inductor.
-Each lowered variant is compared once with its eager graph, on the first real inputs it gets; where they disagree the
-graph is lowered without outlining, then not at all, and the reason is kept (DESIGN contract 6). Modes that ask for
-CUDA graphs get dcc's own (cuda_graphs.py), compared once more: Inductor's would copy the weights, which are inputs.
+The last passes fix its sizes and outline repeated blocks, and the graph goes straight to Inductor. Each lowered
+variant is compared once with its eager graph, on the first real inputs it gets; where they disagree the graph is
+lowered without outlining, then not at all, and the reason is kept. Modes that ask for CUDA graphs get dcc's own
+(cuda_graphs.py), compared once more: Inductor's would copy the weights, which are inputs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,34 +26,19 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dcc.errors import LoweringError
 from dcc.lower import cuda_graphs
-from dcc.passes.base import Correction, state_of
-from dcc.passes.forms import Constant
-from dcc.passes.outline_blocks import outline_blocks
-from dcc.passes.specialize import specialize
+from dcc.passes.base import LOWERING, Row
+from dcc.passes.graph import copy_of
+from dcc.passes.outline_blocks import Outlines, bodies
+from dcc.passes.specialize import Shapes
+from dcc.record.call import Call
 from dcc.text import error_line
+from dcc.variants.observe import Observer
+from dcc.variants.variant import Variant
 
 BACKENDS = ("inductor", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # those of torch.compile
 GRAPHED = ("reduce-overhead", "max-autotune")  # those with CUDA graphs
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-
-
-@dataclass
-class Variant:
-    """The graph of one schedule row. Inputs are bound by name; outputs are the denoiser's own, then the writes."""
-
-    name: str
-    graph_module: GraphModule
-    inputs: tuple[str, ...]
-    outputs: int
-    writes: tuple[str, ...] = ()
-    constants: tuple[Constant, ...] = ()  # inputs that its forecasts need besides anchors and coefficients
-    corrections: tuple[Correction, ...] = ()  # whose factors are inputs
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """States of token selection that it returns anew, by the name of the input that takes them."""
-        return tuple(state for name in self.writes if (state := state_of(name)) is not None)
 
 
 @dataclass
@@ -108,7 +94,37 @@ def start_inductor() -> threading.Thread:
     return thread
 
 
-def lower(variant: Variant, values: Sequence[Tensor], backend: str, mode: str = "default") -> Program:
+class Programs(dict[Any, Program]):
+    """The programs of one compiled denoiser, by variant and shapes; made when first wanted. Thread-safe."""
+
+    def __init__(self, backend: str, mode: str = "default", observer: Observer | None = None) -> None:
+        super().__init__()
+        self.backend, self.mode, self.observer = backend, mode, observer or Observer()
+        self.lock = threading.RLock()
+
+    def of(self, variant: Variant, call: Call, inputs: Sequence[Tensor]) -> Program:
+        """The variant lowered for calls of these shapes; lowers it where it is not yet.
+
+        Shapes of the call decide those of all inputs; one weight stands for the dtype and device of the others.
+        """
+        kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (*call.tensors, *inputs[:1]))
+        key = (id(variant), kinds)
+        program = self.get(key)
+        if program is None:
+            with self.lock:
+                if key not in self:
+                    self[key] = lower(variant, inputs, self.backend, self.mode, self.observer)
+                program = self[key]
+        return program
+
+
+def lower(
+    variant: Variant,
+    values: Sequence[Tensor],
+    backend: str,
+    mode: str = "default",
+    observer: Observer | None = None,
+) -> Program:
     """A program for inputs like `values`, compared on them; a safer lowering, with the reason, where it is wrong."""
     check_backend(backend, mode)
     if backend == "eager":
@@ -117,8 +133,8 @@ def lower(variant: Variant, values: Sequence[Tensor], backend: str, mode: str = 
     expected = variant.graph_module(*values)
     for outline in (True, False):
         try:
-            graph_module, fakes, bodies = prepared or _prepared(variant, values, outline)
-            if outline and not bodies:  # nothing to outline: whole at the next turn
+            graph_module, fakes, shared = prepared or _prepared(variant, values, outline, observer or Observer())
+            if outline and not shared:  # nothing to outline: whole at the next turn
                 prepared = graph_module, fakes, 0
                 continue
             call = _inductor(graph_module, fakes, mode)
@@ -130,20 +146,24 @@ def lower(variant: Variant, values: Sequence[Tensor], backend: str, mode: str = 
             if mode in GRAPHED:
                 call, problem = _graphed(call, values, expected)
                 said += [f"runs without a CUDA graph: {problem}"] if problem else []
-            return Program(variant, "inductor", call, time.perf_counter() - start, "; ".join(said) or None, bodies)
+            return Program(variant, "inductor", call, time.perf_counter() - start, "; ".join(said) or None, shared)
         problems.append(f"with outlined blocks: {problem}" if outline else problem)
     return Program(
         variant, "eager", variant.graph_module, time.perf_counter() - start, f"runs eagerly: {'; '.join(problems)}"
     )
 
 
-def _prepared(variant: Variant, values: Sequence[Tensor], outline: bool) -> tuple[GraphModule, list[Tensor], int]:
+def _prepared(
+    variant: Variant, values: Sequence[Tensor], outline: bool, observer: Observer
+) -> tuple[GraphModule, list[Tensor], int]:
     """The graph for inputs like these, those inputs as fake tensors, and how many bodies its blocks share."""
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor keeps nothing on disk without one
     fakes = [fake_mode.from_tensor(value.detach(), static_shapes=True) for value in values]
+    graph_module = copy_of(variant.graph_module)
+    orders = (Shapes(fakes), Outlines()) if outline else (Shapes(fakes),)
     with torch.no_grad(), fake_mode:
-        graph_module = specialize(variant.graph_module, fakes)
-    return graph_module, fakes, outline_blocks(graph_module)[0] if outline else 0
+        observer.run_all(graph_module, Row(orders), f"{variant.name}_lowered", stage=LOWERING)
+    return graph_module, fakes, bodies(graph_module)
 
 
 def _inductor(graph_module: GraphModule, fakes: Sequence[Tensor], mode: str) -> Callable[..., Sequence[Tensor]]:

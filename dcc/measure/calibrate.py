@@ -19,15 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dcc.capture.captured import Captured
 from dcc.discover.sites import Sites
-from dcc.discover.subject import examine
+from dcc.discover.subject import Subject
 from dcc.errors import ProfileError
-from dcc.measure.instrument import Instrumented, Run
+from dcc.measure.instrument import Instrument, Run
 from dcc.measure.profile import Profile, SiteCost, dtype_of, read_file, write_file
 from dcc.passes.base import Port
 from dcc.passes.timings import timings
-from dcc.record.fingerprint import fingerprint, weights_hash
+from dcc.record.fingerprint import weights_hash
 from dcc.record.recorder import Recording
 from dcc.record.target import Samples, Target, call_parameters, check_prompts, installed, is_pipeline, make_target
 
@@ -69,15 +68,12 @@ def calibrate(
     target = make_target(model, sample, pipeline_kwargs)
     prompts = check_prompts(prompts, text=not isinstance(model, nn.Module))
 
-    subject = examine(target, prompts, say)
-    return measure(target, *subject, prompts, checkpoint=checkpoint, seed=seed, progress=say, settings=pipeline_kwargs)
+    subject = Subject.of(target, prompts, say)
+    return measure(subject, prompts, checkpoint=checkpoint, seed=seed, progress=say, settings=pipeline_kwargs)
 
 
 def measure(
-    target: Target,
-    run: Recording,
-    captured: Captured,
-    sites: Sites,
+    subject: Subject,
     prompts: Sequence[Any],
     *,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -86,28 +82,29 @@ def measure(
     settings: dict[str, Any],
 ) -> Profile:
     """`calibrate` for a denoiser that was recorded and captured already."""
-    say = progress
-    net = Instrumented(target.module, run, target.scheduler, captured, sites)
-    state = Accumulated(_identity(target, run, net.site_names, prompts, seed, settings))
+    say, run, target, sites = progress, subject.run, subject.target, subject.sites
+    instrument = Instrument(subject)
+    names = instrument.site_names
+    state = Accumulated(_identity(subject, names, prompts, seed, settings))
     if checkpoint is not None and os.path.exists(checkpoint):
         state.load(checkpoint)
-        say(f"resuming behind prompt {state.done} of {len(prompts)}")
+        say(f"resuming after prompt {state.done} of {len(prompts)}")
     else:
         say("timing the nodes of one call")
-        state.costs, state.seconds = measured_costs(run, sites, net.site_names)
+        state.costs, state.seconds = measured_costs(run, sites, names)
 
     probes = probe_steps(len(run.levels), len(prompts))
-    with installed(target, net):
+    with installed(target, instrument.denoiser()):
         for index in range(state.done, len(prompts)):
             say(f"prompt {index + 1} of {len(prompts)}")
             own = [step for probe, step in enumerate(probes) if probe * len(prompts) // len(probes) == index]
             base = Run(keep_outputs=bool(own))
-            samples = _generate(target, net, base, prompts[index], seed + index)
+            samples = _generate(target, instrument, base, prompts[index], seed + index)
             state.add(base)
             for step in own:
                 say(f"disturbing step {step + 1} of {len(run.levels)}")
                 disturbed = Run(disturbed=step, seed=seed + index, outputs=base.outputs)
-                moved = _generate(target, net, disturbed, prompts[index], seed + index).raw - samples.raw
+                moved = _generate(target, instrument, disturbed, prompts[index], seed + index).raw - samples.raw
                 state.probes.append((step, _ratio(moved, disturbed)))
             state.done = index + 1
             if checkpoint is not None:
@@ -249,8 +246,8 @@ def measured_costs(run: Recording, sites: Sites, names: Sequence[str]) -> tuple[
     return costs, spent(sorted(flow.needed()))
 
 
-def _generate(target: Target, net: Instrumented, run: Run, prompt: Any, seed: int) -> Samples:
-    net.start(run)
+def _generate(target: Target, instrument: Instrument, run: Run, prompt: Any, seed: int) -> Samples:
+    instrument.start(run)
     return target.generate([prompt], [seed])
 
 
@@ -261,18 +258,18 @@ def _ratio(moved: Tensor, run: Run) -> float:
 
 
 def _identity(
-    target: Target, run: Recording, sites: Sequence[str], prompts: list[Any], seed: int, settings: dict[str, Any]
+    subject: Subject, sites: Sequence[str], prompts: Sequence[Any], seed: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """What decides the result of a calibration, as a JSON file gives it back."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(prompt.cpu().numpy().tobytes() if isinstance(prompt, Tensor) else repr(prompt).encode())
     identity = {
-        "model": fingerprint(target.module),
-        "dtype": dtype_of(target.module),
-        "weights": weights_hash(target.module),
-        "scheduler": target.scheduler,
-        "levels": list(run.levels),
+        "model": subject.model,
+        "dtype": dtype_of(subject.module),
+        "weights": weights_hash(subject.module),
+        "scheduler": subject.target.scheduler,
+        "levels": list(subject.run.levels),
         "sites": list(sites),
         "settings": settings,
         "seed": seed,

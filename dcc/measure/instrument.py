@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcc.capture.captured import Captured
-from dcc.discover.sites import Sites, find_sites
+from dcc.discover.sites import Sites
+from dcc.discover.subject import Subject
 from dcc.errors import ProfileError
-from dcc.lower.program import Variant
 from dcc.passes.base import GUIDANCE, Row, Site
 from dcc.passes.drop_asserts import DropAsserts
-from dcc.passes.graph import copy_of, is_tensor, nodes_by_name, output_node
-from dcc.passes.insert_sketches import InsertSketches, groups
-from dcc.plans.plan import make_plan
+from dcc.passes.graph import is_tensor, nodes_by_name
+from dcc.passes.insert_sketches import InsertSketches, Sketches, groups
 from dcc.plans.predictors import Predictor
 from dcc.record.call import Call
-from dcc.record.fingerprint import fingerprint
-from dcc.record.recorder import Recording
-from dcc.serve.denoiser import CompiledDenoiser, Family
+from dcc.serve.binding import Binding, Tables
+from dcc.serve.denoiser import CompiledDenoiser
 from dcc.serve.session import Stream
+from dcc.variants.build import Family
+from dcc.variants.cost import planned
 from dcc.variants.observe import Observer
+from dcc.variants.variant import variant
 
 FULL = (1,)
 NOISE = 0.05  # of the root mean square of a disturbed output
@@ -85,51 +86,44 @@ class Run:
         return f"{stream.name}.{before}" if before else stream.name
 
 
-class Instrumented(CompiledDenoiser):
-    """Stands in for the denoiser in a calibration. Call `start` with a new Run before each run of the loop."""
+class Instrument:
+    """Runs the calls of a calibration in a CompiledDenoiser. Call `start` with a new Run before each run."""
 
-    def __init__(
-        self, original: nn.Module, recording: Recording, scheduler: str, captured: Captured, sites: Sites
-    ) -> None:
-        plan = make_plan(
-            model=fingerprint(original),
-            scheduler=scheduler,
-            levels=recording.levels,
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.site_names = tuple(site.name for site in floating(subject.sites))
+        self.current = Run()
+        self.spare: dict[str, Taken] = {}  # by stream, the memory of the last run
+        self.tables = Tables()
+
+    def denoiser(self) -> CompiledDenoiser:
+        """The denoiser that it runs in."""
+        plan = planned(
+            self.subject,
             sites=["output"],
-            schedule=[FULL] * len(recording.levels),
+            schedule=[FULL] * self.subject.steps,
             predictors=[Predictor("copy")],
             policy="calibration",
             parameters={},
         )
-        super().__init__(original, plan, recording, lambda captured, _: self.instrument(captured), "eager")
-        self.__dict__.update(current=Run(), spare={}, site_names=tuple(site.name for site in floating(sites)))
-        self.families.append(self.instrument(captured, sites))
+        return CompiledDenoiser(self.subject, plan, runner=self)
 
-    def instrument(self, captured: Captured, sites: Sites | None = None) -> Family:
+    def build(self, sites: Sites) -> Family:
         """The captured graph with sketches. Raises ProfileError where it lacks a site of the first captured one."""
-        found = {site.name: site for site in floating(sites or find_sites(captured, captured.call))}
+        found = {site.name: site for site in floating(sites)}
         lacking = [name for name in self.site_names if name not in found]
         if lacking:
             raise ProfileError(f"a call of another signature has no site {lacking[0]!r}; calibrate its module alone")
         chosen = tuple(found[name] for name in self.site_names)
-        graph_module = copy_of(captured.graph_module)
-        own = len(output_node(graph_module).args[0])
-        passes = (DropAsserts(), InsertSketches(self._sample(captured)))
-        Observer().run_all(graph_module, Row(computed=chosen), "sketches", passes)
-        names = tuple(node.name for node in output_node(graph_module).args[0])
-        inputs = tuple(node.name for node in graph_module.graph.nodes if node.op == "placeholder")
-        variant = Variant("sketches", graph_module, inputs, own, names[own:])
-        return Family(captured, (chosen,), {FULL: variant})
+        order = Sketches(chosen, self._sample(sites.captured))
+        passes = (DropAsserts(), InsertSketches())
+        sketched = variant(sites.captured, Row((order,)), "sketches", Observer(), passes)
+        return Family(sites.captured, sites, (chosen,), {FULL: sketched})
 
-    def run(
-        self,
-        family: Family,
-        call: Call,
-        stream: Stream,
-        row: tuple[int, ...],
-        step: float,
-        weights: tuple[tuple[float, ...], ...] = (),
-    ) -> list[Tensor]:
+    def warm(self, family: Family, call: Call, say: Callable[[str], None]) -> None:
+        """Nothing: its graphs run eagerly."""
+
+    def serve(self, family: Family, call: Call, stream: Stream, step: float) -> list[Tensor]:
         """Runs one call and keeps its sketches, or, in a disturbed run, replays or disturbs its outputs.
 
         Raises ProfileError for a call between the noise levels of the recorded run.
@@ -142,11 +136,11 @@ class Instrumented(CompiledDenoiser):
         run, step = self.current, int(step)
         label = run.label(stream)
         if run.disturbed is None:
-            variant = family.variants[FULL]
-            values = family.captured.bindings(call)
-            results = variant.graph_module(*(values[name] for name in variant.inputs))
-            self._take(family, label, step, results[variant.outputs :])
-            outputs = list(results[: variant.outputs])
+            sketched = family.variants[FULL]
+            binding = Binding(self.tables, family.captured, call, step)
+            results = sketched.graph_module(*binding.of(sketched.takes))
+            self._take(family, label, step, results[sketched.outputs :])
+            outputs = list(results[: sketched.outputs])
             if run.keep_outputs:
                 run.outputs[label, step] = outputs
             return outputs
@@ -162,11 +156,11 @@ class Instrumented(CompiledDenoiser):
             taken = self.spare.pop(label, None) or Taken(chosen, groups(family.captured.graph_module, chosen))
             taken.seen.clear()
             self.current.taken[label] = taken
-        self.current.taken[label].take(extra, step, self.plan.steps)
+        self.current.taken[label].take(extra, step, self.subject.steps)
 
     def start(self, run: Run) -> None:
         """Makes `run` the current one, with the memory of the last, which must have been read."""
-        self.__dict__.update(spare=self.current.taken or self.spare, current=run)
+        self.spare, self.current = self.current.taken or self.spare, run
 
     def _disturb(self, outputs: list[Tensor], step: int) -> list[Tensor]:
         run = self.current
@@ -183,10 +177,11 @@ class Instrumented(CompiledDenoiser):
 
     def _sample(self, captured: Captured) -> str:
         """The graph input whose first dimension is the batch: the largest tensor that moves from step to step."""
+        call, varying = captured.call, self.subject.run.varying
         moving = [
             (tensor.numel(), name)
-            for name, tensor in zip(captured.call.names, captured.call.tensors, strict=True)
-            if name in captured.inputs and (name in self.recording.varying or not self.recording.varying)
+            for name, tensor in zip(call.names, call.tensors, strict=True)
+            if name in captured.inputs and (name in varying or not varying)
         ]
         if not moving:
             raise ProfileError("no input of this denoiser changes from step to step; there is nothing to calibrate")

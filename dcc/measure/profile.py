@@ -169,9 +169,12 @@ class Profile:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Writes a picture (format by suffix, e.g. .png) of similarity, change and sensitivity over the steps."""
-        from dcc.measure.profile_plot import plot  # matplotlib takes a second to import, and only pictures need it
+        from dcc.measure.profile_plot import Curves, plot  # matplotlib takes a second to import; only pictures need it
 
-        plot(self, path)
+        title = f"{self.prompts} prompts, {self.scheduler}, {self.steps} steps, {self.dtype}"
+        changes = {name: self.change(name).numpy() for name in self.sites}
+        similarity = self.similarity(self.default).numpy()
+        plot(Curves(title, self.default, similarity, changes, self.sensitivity.numpy(), list(self.probed)), path)
 
     def __str__(self) -> str:
         return render(self)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -11,14 +13,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-if TYPE_CHECKING:
-    from dcc.measure.profile import Profile
-
 NAMED = 6  # curves with a name and a colour of their own
 DARK, GREY, ACCENT = "#22303c", "#b8c0c8", "#c2410c"
 
 
-def plot(profile: Profile, path: str | os.PathLike[str]) -> None:
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn of a run of S steps.
+
+    `similarity` [S, S] are cosines between steps of the site `default`; `changes` [S] by site the relative L1 change
+    since the step before; `sensitivity` [S] relative to the mean, measured at the steps `probed`.
+    """
+
+    title: str
+    default: str
+    similarity: np.ndarray
+    changes: Mapping[str, np.ndarray]
+    sensitivity: np.ndarray
+    probed: Sequence[int]
+
+
+def plot(profile: Curves, path: str | os.PathLike[str]) -> None:
     """Writes the picture; its format follows from the suffix of `path`."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.05, 1.35, 1))
@@ -32,16 +47,12 @@ def plot(profile: Profile, path: str | os.PathLike[str]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
-    figure.suptitle(
-        f"{profile.prompts} prompts, {profile.scheduler}, {profile.steps} steps, {profile.dtype}",
-        color=DARK,
-        fontsize=11,
-    )
+    figure.suptitle(profile.title, color=DARK, fontsize=11)
     figure.savefig(path, dpi=130)
 
 
-def _similarity(figure: Figure, axes: Axes, profile: Profile) -> None:
-    values = profile.similarity(profile.default).numpy()
+def _similarity(figure: Figure, axes: Axes, profile: Curves) -> None:
+    values = profile.similarity
     low = max(float(np.quantile(values, 0.02)), -1.0)
     image = axes.imshow(values, cmap="viridis", vmin=min(low, 0.999), vmax=1.0, interpolation="nearest")
     axes.set_title(f"cosine between steps: {_short(profile.default)}", fontsize=10)
@@ -50,18 +61,18 @@ def _similarity(figure: Figure, axes: Axes, profile: Profile) -> None:
     figure.colorbar(image, ax=axes, shrink=0.8, extend="min")
 
 
-def _change(axes: Axes, profile: Profile) -> None:
-    steps = np.arange(1, profile.steps)
+def _change(axes: Axes, profile: Curves) -> None:
+    steps = np.arange(1, len(profile.sensitivity))
     named = _named(profile)
-    others = [name for name in profile.sites if name not in named]
+    others = [name for name in profile.changes if name not in named]
     for index, name in enumerate(others):
         label = f"{len(others)} other sites" if index == 0 else None
-        axes.plot(steps, profile.change(name)[1:], color=GREY, linewidth=0.6, alpha=0.6, label=label)
+        axes.plot(steps, profile.changes[name][1:], color=GREY, linewidth=0.6, alpha=0.6, label=label)
     colors = colormaps["tab10"].colors  # type: ignore[attr-defined]
     for name, color in zip(named, colors, strict=False):
         curve: dict[str, Any] = {"color": color, "linewidth": 2.2 if name == profile.default else 1.4}
-        axes.plot(steps, profile.change(name)[1:], label=_short(name), **curve)
-    changes = np.concatenate([profile.change(name)[1:].numpy() for name in profile.sites])
+        axes.plot(steps, profile.changes[name][1:], label=_short(name), **curve)
+    changes = np.concatenate([values[1:] for values in profile.changes.values()])
     if (changes > 0).any():
         axes.set_yscale("log")
         axes.set_ylim(*np.quantile(changes[changes > 0], (0.005, 0.995)) * (0.8, 1.25))
@@ -70,8 +81,8 @@ def _change(axes: Axes, profile: Profile) -> None:
     axes.legend(frameon=False, fontsize=8, ncols=2)
 
 
-def _sensitivity(axes: Axes, profile: Profile) -> None:
-    axes.plot(range(profile.steps), profile.sensitivity, color=DARK, linewidth=1.4)
+def _sensitivity(axes: Axes, profile: Curves) -> None:
+    axes.plot(range(len(profile.sensitivity)), profile.sensitivity, color=DARK, linewidth=1.4)
     probed = list(profile.probed)
     axes.plot(probed, profile.sensitivity[probed], "o", color=ACCENT, label=f"measured ({len(probed)} steps)")
     axes.set_ylim(bottom=0)
@@ -80,9 +91,9 @@ def _sensitivity(axes: Axes, profile: Profile) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _named(profile: Profile) -> list[str]:
+def _named(profile: Curves) -> list[str]:
     """The default site and other whole-model sites, at most NAMED."""
-    whole = [cost.name for cost in profile.costs if "/" not in cost.name and "." not in cost.name]
+    whole = [name for name in profile.changes if "/" not in name and "." not in name]
     return list(dict.fromkeys([profile.default, *whole]))[:NAMED]
 
 

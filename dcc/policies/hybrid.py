@@ -42,6 +42,9 @@ SOLVERS = (  # HyCa's pool
 )
 
 
+TIE = 1e-6  # of a whole: what rounding makes of the second difference of equal values
+
+
 @method(
     "hybrid",
     title="SpeCa",
@@ -340,6 +343,7 @@ def omnicache(setting: Setting, *, interval: int = 3, site: str = DEFAULT_SITE) 
     even = interval == 1 or not bend.any()
     total = np.arange(1.0, steps + 1) if even else np.cumsum(bend + bend.mean())
     bounds = np.linspace(0, total[-1], -(-steps // interval) + 1)[:-1]
+    bounds = bounds + TIE * total[-1]  # a bound that falls on a step's total is decided alike on every machine
     nodes = sorted({int(np.searchsorted(total, bound, side="right")) for bound in bounds})
     return Policy((Cached(site, listed(setting, [min(node, steps - 1) for node in nodes])),))
 

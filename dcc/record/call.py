@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_te
     `as_tensors` names numeric arguments to pass as tensors because they change from step to step. Raises TypeError
     as the module's forward would, and CaptureError for a value that is neither tensor, number, string, list nor dict.
     """
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound = _signature(module).bind(*args, **kwargs)
     bound.apply_defaults()
     arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
@@ -87,3 +88,16 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_te
                 "dcc takes tensors, numbers, strings, and lists or dicts of them"
             )
     return Call(tuple(tensor_names), tuple(tensors), constants, spec, tuple(names))
+
+
+_SIGNATURES: WeakKeyDictionary[Any, dict[bool, inspect.Signature]] = WeakKeyDictionary()
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    """The signature of a module's forward; reading one takes as long as the rest of a forecast step's host work."""
+    forward = module.forward
+    function = getattr(forward, "__func__", forward)
+    known, bound = _SIGNATURES.setdefault(function, {}), function is not forward
+    if bound not in known:
+        known[bound] = inspect.signature(forward)
+    return known[bound]

@@ -38,6 +38,22 @@ class Recording:
     as_tensors: frozenset[str]
     guided: bool = False  # at every call both halves of the batch hold equal samples; prompt-side inputs differ
 
+    def sample_path(self, call: Call, dimensions: int = 1) -> str | None:
+        """The path of the sampler's state: the largest tensor that moves, of at least so many dimensions; else None."""
+        pairs = zip(call.names, call.tensors, strict=True)
+        moving = [(n, t.numel()) for n, t in pairs if n in self.varying and t.dim() >= dimensions]
+        return max(moving, key=lambda item: item[1])[0] if moving else None
+
+    def batch_of(self, call: Call) -> int:
+        """How many samples a call has: the first dimension of the sampler's state.
+
+        Raises CaptureError where no input of the denoiser changes from step to step.
+        """
+        path = self.sample_path(call)
+        if path is None:
+            raise CaptureError("no input of this denoiser changes from step to step")
+        return call.tensors[call.names.index(path)].shape[0]
+
 
 @dataclass
 class _Input:

@@ -7,14 +7,14 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dcc.compiler import check_plan, compile, cost
-from dcc.discover.sites import find_sites
+from dcc.discover.subject import Subject
 from dcc.errors import PipelineError, PolicyError
 from dcc.lower.program import check_backend
 from dcc.plans.plan import Plan
@@ -89,12 +89,11 @@ def evaluate(
         base = _uncached(original, prompts, sample, backend, say, pipeline_kwargs)
         target = make_target(original, sample, pipeline_kwargs)
         reference = Arm(Row(UNCACHED, base.plan), base)
-        captured, run = base.families[0].captured, base.recording
-        sites = find_sites(captured, run.first)
-        setting = setting_of(target, run, captured, sites, prompts, seed=seed, progress=say)
+        subject = replace(base.subject, target=target)
+        setting = setting_of(subject, prompts, seed=seed, progress=say)
         arms: list[Arm] = []
         for name, value in wanted.items():
-            arms.append(_prepare(name, value, base, [arm.net for arm in arms if arm.net], setting, target, say))
+            arms.append(_prepare(name, value, base, [arm.net for arm in arms if arm.net], setting, subject, say))
         scoring = _Scoring(data_range, is_pipeline(model), shown)
         _take_turns(target, reference, arms, prompts, seed, batch_size or 1, scoring, say)
     for arm in (reference, *arms):
@@ -227,7 +226,7 @@ def _prepare(
     base: CompiledDenoiser,
     others: Sequence[CompiledDenoiser],
     setting: Setting,
-    target: Target,
+    subject: Subject,
     say: Callable[[str], None],
 ) -> Arm:
     """Plans, rewrites and lowers one entry on the reference's capture and recording.
@@ -237,21 +236,21 @@ def _prepare(
     arm = Arm(Row(name, wanted if isinstance(wanted, Plan) else None))
     with arm.attempt("planning"):
         say(f"{name}: planning")
-        plan = wanted if isinstance(wanted, Plan) else _planned(*wanted, setting, base, target)
-        check_plan(plan, base.recording, target)
-        arm.row.plan = plan = cost(plan, setting.sites)
-        net = base.with_plan(plan)
-        for other in others:
-            if all(getattr(plan, part) == getattr(other.plan, part) for part in SHARED):
-                net.__dict__.update(families=other.families, programs=other.programs)
-        net.warm(base.recording.first, lambda line: say(f"{name}: {line}"))
+        plan = wanted if isinstance(wanted, Plan) else _planned(*wanted, setting, subject)
+        check_plan(plan, subject)
+        arm.row.plan = plan = cost(plan, subject.sites)
+        alike = [other for other in others if all(getattr(plan, p) == getattr(other.plan, p) for p in SHARED)]
+        families, programs = (alike[-1].families, alike[-1].programs) if alike else (None, None)
+        net = CompiledDenoiser(
+            subject, plan, backend=base.backend, mode=base.mode, families=families, programs=programs
+        )
+        net.warm(subject.run.first, lambda line: say(f"{name}: {line}"))
         arm.net = net
     return arm
 
 
-def _planned(policy: str, parameters: dict[str, Any], setting: Setting, base: CompiledDenoiser, target: Target) -> Plan:
-    decided = make_policy(policy, setting, parameters)
-    return plan_for(decided, setting, base.recording, target, policy, parameters)
+def _planned(policy: str, parameters: dict[str, Any], setting: Setting, subject: Subject) -> Plan:
+    return plan_for(make_policy(policy, setting, parameters), subject, policy, parameters)
 
 
 def _take_turns(

@@ -11,21 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcc.capture.captured import Captured
-from dcc.discover.sites import Sites
+from dcc.discover.subject import Subject
 from dcc.errors import BudgetError, ProfileError
 from dcc.measure.profile import Profile
-from dcc.plans.plan import Plan, make_plan
+from dcc.plans.plan import Plan
 from dcc.plans.predictors import Predictor
-from dcc.record.fingerprint import fingerprint
-from dcc.record.recorder import Recording
 from dcc.record.seam import DenoiserProxy
-from dcc.record.target import Target, installed
+from dcc.record.target import installed
 from dcc.search.closed_loop import Candidate, ClosedLoop, prepare
 from dcc.search.proposals import propose
 from dcc.search.solver import EFFORTS, Goal, Problem, solve, split
-from dcc.serve.denoiser import CompiledDenoiser, Family
-from dcc.variants.build import build, cost
+from dcc.serve.denoiser import CompiledDenoiser
+from dcc.serve.guard import Errors
+from dcc.variants.build import Family, build
+from dcc.variants.cost import planned
 from dcc.variants.observe import Observer
 
 DEFAULT_EFFORT = "normal"
@@ -37,53 +36,47 @@ TIMED_RUNS = 3
 
 
 @dataclass
-class Subject:
-    """A recorded and captured denoiser that a plan is wanted for."""
+class Candidates:
+    """Makes plans and denoisers of a subject's candidates; those of one site, rows and anchor count share graphs."""
 
-    target: Target
-    run: Recording
-    captured: Captured
-    sites: Sites
+    subject: Subject
     backend: str
-    families: dict[Any, Family] = field(default_factory=dict)
+    families: dict[Any, list[Family]] = field(default_factory=dict)
 
     def plan(self, candidate: Candidate, coefficients: dict[int, list[float]]) -> Plan:
         """A candidate as a Plan with its costs."""
-        schedule = [[full] for full in candidate.mask]
-        plan = make_plan(
-            model=fingerprint(self.target.module),
-            scheduler=self.target.scheduler,
-            levels=self.run.levels,
+        return planned(
+            self.subject,
             sites=[candidate.site],
-            schedule=schedule,
+            schedule=[[full] for full in candidate.mask],
             predictors=[_Given(coefficients)],
             policy="solver",
             parameters={},
         )
-        return cost(plan, self.sites)
 
     def usual_errors(
         self, candidate: Candidate, coefficients: dict[int, list[float]], loop: ClosedLoop
     ) -> dict[int, list[float]]:
         """Per step the forecast errors that the guard would see at the candidate's anchors, of every sample."""
-        errors: dict[int, list[float]] = {}
-        net = self.net(candidate, coefficients)
-        net.__dict__["guard"] = errors
+        errors = Errors()
+        net = self.net(candidate, coefficients, guard=errors)
         for batch in loop.batches:
             loop.generate(net, batch)
-        return errors
+        return errors.found
 
     def net(
-        self, candidate: Candidate, coefficients: dict[int, list[float]], backend: str = "eager"
+        self,
+        candidate: Candidate,
+        coefficients: dict[int, list[float]],
+        backend: str = "eager",
+        guard: Errors | None = None,
     ) -> CompiledDenoiser:
-        """A denoiser that runs the candidate; candidates of the same site, rows and anchor count share their graphs."""
+        """A denoiser that runs the candidate."""
         plan = self.plan(candidate, coefficients)
         key = (plan.sites, tuple(plan.rows), plan.anchors)
         if key not in self.families:
-            self.families[key] = build(self.captured, plan, Observer(), self.sites)
-        net = CompiledDenoiser(self.target.module, plan, self.run, lambda c, p: build(c, p, Observer()), backend)
-        net.families.append(self.families[key])
-        return net
+            self.families[key] = [build(plan, self.subject.sites, Observer())]
+        return CompiledDenoiser(self.subject, plan, backend=backend, guard=guard, families=list(self.families[key]))
 
 
 @dataclass(frozen=True)
@@ -132,7 +125,7 @@ def budget_of(
 
 
 def plan_within(
-    subject: Subject,
+    candidates: Candidates,
     budget: Budget,
     prompts: Sequence[Any],
     *,
@@ -142,48 +135,46 @@ def plan_within(
     profile: Profile | None = None,
 ) -> Plan:
     """The best plan for a budget, searched on `prompts`; the noise of prompt i comes from seed + i."""
-    fitting, held_back = split(prompts)
+    subject, (fitting, held_back) = candidates.subject, split(prompts)
     if profile is not None:
-        profile.check(subject.target.module, subject.target.scheduler)
-        if profile.steps != len(subject.run.levels):
-            raise ProfileError(
-                f"the profile has {profile.steps} steps, this run {len(subject.run.levels)}; calibrate this run"
-            )
-    goal = budget.goal or Goal(_speedup_for(subject, budget, prompts[0], seed, progress), None, budget.cache_bytes)
+        profile.check(subject.module, subject.target.scheduler)
+        if profile.steps != subject.steps:
+            raise ProfileError(f"the profile has {profile.steps} steps, this run {subject.steps}; calibrate this run")
+    goal = budget.goal or Goal(_speedup_for(candidates, budget, prompts[0], seed, progress), None, budget.cache_bytes)
     loops = [
-        _loop(subject, [prompts[i] for i in chosen], [seed + i for i in chosen], data_range, traced, progress)
+        _loop(candidates, [prompts[i] for i in chosen], [seed + i for i in chosen], data_range, traced, progress)
         for chosen, traced in ((fitting, True), (held_back, False))
     ]
     names = [name for name in SITES if name in subject.sites]
     flow, costs = subject.sites.flow, subject.sites.costs
     problem = Problem(
-        steps=len(subject.run.levels),
+        steps=subject.steps,
         flops=subject.sites.flops,
         forecast_flops={name: flow.flops(costs, subject.sites[name].ports) for name in names},
         anchor_bytes={name: subject.sites[name].bytes for name in names},
         fitting=loops[0],
         held_back=loops[1],
-        plan=subject.plan,
+        plan=candidates.plan,
         fewer=lambda steps: _fewer_steps(loops[1], steps),
         proposals=lambda site, full: [propose(profile, site, full)] if profile is not None else [],
-        usual_errors=lambda candidate, coefficients: subject.usual_errors(candidate, coefficients, loops[0]),
+        usual_errors=lambda candidate, coefficients: candidates.usual_errors(candidate, coefficients, loops[0]),
     )
     return solve(problem, goal, budget.effort, seed, progress)
 
 
 def _loop(
-    subject: Subject,
+    candidates: Candidates,
     prompts: list[Any],
     seeds: list[int],
     data_range: float | None,
     traced: bool,
     progress: Callable[[str], None],
 ) -> ClosedLoop:
+    subject = candidates.subject
     batch_size = BATCH if subject.sites.flops < SMALL and subject.target.batches else 1
     return prepare(
-        subject.target,
-        subject.run,
-        subject.net,
+        subject,
+        candidates.net,
         prompts,
         seeds,
         batch_size=batch_size,
@@ -195,7 +186,7 @@ def _loop(
 
 def _fewer_steps(loop: ClosedLoop, steps: int) -> float | None:
     """Mean PSNR in dB of simply running this many sampler steps, None where the loop has no such knob."""
-    target = loop.target.fewer_steps(steps)
+    target = loop.subject.target.fewer_steps(steps)
     if target is None:
         return None
     values: list[float] = []
@@ -220,10 +211,13 @@ class _Clock(DenoiserProxy):
         return outputs
 
 
-def _speedup_for(subject: Subject, budget: Budget, prompt: Any, seed: int, progress: Callable[[str], None]) -> float:
+def _speedup_for(
+    candidates: Candidates, budget: Budget, prompt: Any, seed: int, progress: Callable[[str], None]
+) -> float:
     """The ratio of denoiser FLOPs at which a run takes `latency`, from timed uncached runs on the plan's backend."""
-    whole = Candidate("output", Predictor("copy"), (1,) * len(subject.run.levels))
-    clock = _Clock(subject.net(whole, {}, subject.backend))
+    subject = candidates.subject
+    whole = Candidate("output", Predictor("copy"), (1,) * subject.steps)
+    clock = _Clock(candidates.net(whole, {}, candidates.backend))
     times = []
     with installed(subject.target, clock):
         for index in range(TIMED_RUNS + 1):
@@ -235,7 +229,7 @@ def _speedup_for(subject: Subject, budget: Budget, prompt: Any, seed: int, progr
     total, denoiser = (statistics.median(column) for column in zip(*times[1:], strict=True))
     wanted = budget.latency / 1e3
     rest = total - denoiser
-    if wanted <= rest + denoiser / len(subject.run.levels):
+    if wanted <= rest + denoiser / subject.steps:
         raise BudgetError(
             f"latency={budget.latency:g} ms is out of reach: an uncached run takes {total * 1e3:.0f} ms, of which "
             f"{rest * 1e3:.0f} ms are outside the denoiser"

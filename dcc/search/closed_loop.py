@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcc.discover.subject import Subject
 from dcc.plans.predictors import Predictor
 from dcc.quality import psnr
-from dcc.record.recorder import Recording
 from dcc.record.target import Samples, Target, installed
 from dcc.search.fit import Fit, FitOptions, OutputRunner, Sampler, find_sampler
 from dcc.search.trace import Layout, Trace, Tracer, coordinates
@@ -87,8 +87,7 @@ class ClosedLoop:
     `net(candidate, coefficients)` makes a denoiser for a candidate on any site; the raw output needs none.
     """
 
-    target: Target
-    recording: Recording
+    subject: Subject
     net: Callable[[Candidate, dict[int, list[float]]], nn.Module]
     batches: list[Batch]
     data_range: float
@@ -131,10 +130,9 @@ class ClosedLoop:
     def _samples(
         self, candidate: Candidate, coefficients: dict[int, list[float]], batch: Batch, fit: Fit | None
     ) -> Samples:
-        original = self.target.module
-        layout = Layout(self.recording, len(batch.prompts))
+        layout = Layout(self.subject.run, len(batch.prompts))
         if candidate.site == "output" and layout.calls:
-            net = OutputRunner(original, self.recording, layout, candidate.mask, candidate.anchors)
+            net = OutputRunner(self.subject.module, self.subject.run, layout, candidate.mask, candidate.anchors)
             net.begin(coefficients, fit, batch.trace)
         else:
             net = self.net(candidate, coefficients)
@@ -142,7 +140,7 @@ class ClosedLoop:
 
     def generate(self, net: nn.Module, batch: Batch) -> Samples:
         """The samples of a batch with `net` as the denoiser."""
-        return _with(self.target, net, batch.prompts, batch.seeds)
+        return _with(self.subject.target, net, batch.prompts, batch.seeds)
 
     def psnr(self, samples: Samples, batch: Batch) -> list[float]:
         """PSNR in dB of each sample of a batch to the uncached one."""
@@ -152,8 +150,7 @@ class ClosedLoop:
 
 
 def prepare(
-    target: Target,
-    recording: Recording,
+    subject: Subject,
     net: Callable[[Candidate, dict[int, list[float]]], nn.Module],
     prompts: Sequence[Any],
     seeds: Sequence[int],
@@ -169,25 +166,25 @@ def prepare(
         chunk = slice(done, done + batch_size)
         progress(f"uncached runs: prompt {done + 1} of {len(prompts)}")
         try:
-            batches.append(_uncached(target, recording, list(prompts[chunk]), list(seeds[chunk]), traced))
+            batches.append(_uncached(subject, list(prompts[chunk]), list(seeds[chunk]), traced))
         except (TypeError, ValueError, RuntimeError):
             if batch_size == 1:
                 raise
             batch_size = 1  # a loop for one image at a time, or arguments that are per image
     if data_range is None:
-        data_range = target.data_range or _range([batch.reference.images for batch in batches])
+        data_range = subject.target.data_range or _range([batch.reference.images for batch in batches])
     traces = [batch.trace for batch in batches if batch.trace is not None]
     sampler = find_sampler(traces) if len(traces) == len(batches) else None
-    return ClosedLoop(target, recording, net, batches, data_range, sampler)
+    return ClosedLoop(subject, net, batches, data_range, sampler)
 
 
-def _uncached(target: Target, recording: Recording, prompts: list[Any], seeds: list[int], traced: bool) -> Batch:
+def _uncached(subject: Subject, prompts: list[Any], seeds: list[int], traced: bool) -> Batch:
     """One batch of uncached runs, with its trace if that is wanted and the run is laid out evenly over its steps."""
-    layout = Layout(recording, len(prompts))
+    layout = Layout(subject.run, len(prompts))
     if not (traced and layout.calls and layout.sample_name):
-        return Batch(prompts, seeds, _with(target, target.module, prompts, seeds), None)
-    tracer = Tracer(target.module, recording, layout)
-    samples = _with(target, tracer, prompts, seeds)
+        return Batch(prompts, seeds, _with(subject.target, subject.module, prompts, seeds), None)
+    tracer = Tracer(subject.module, subject.run, layout)
+    samples = _with(subject.target, tracer, prompts, seeds)
     tracer.trace.final = _final(samples.state, tracer.trace)
     return Batch(prompts, seeds, samples, tracer.trace)
 

@@ -34,12 +34,7 @@ class Layout:
     """How the calls of a run are laid out: calls a step, and how a call's batch splits into halves of `n` samples."""
 
     def __init__(self, recording: Recording, n: int) -> None:
-        moving = [
-            (name, tensor)
-            for name, tensor in zip(recording.first.names, recording.first.tensors, strict=True)
-            if name in recording.varying and tensor.dim() > 1
-        ]
-        self.sample_name = max(moving, key=lambda item: item[1].numel())[0] if moving else ""
+        self.sample_name = recording.sample_path(recording.first, dimensions=2) or ""
         self.steps = len(recording.levels)
         self.calls = recording.calls // self.steps if recording.calls % self.steps == 0 else 0
         self.n = n

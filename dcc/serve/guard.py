@@ -2,19 +2,53 @@
 
 At an anchor the true value is at hand, so the forecast that the anchors before it would have given can be judged. Where
 it is worse than on any calibration prompt, the next gap gets one more anchor in its middle. Costs one host
-synchronisation an anchor.
+synchronisation per anchor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from dcc.plans.plan import Plan
 from dcc.plans.predictors import newton
+from dcc.serve.session import Anchors, Stream
 
 SLACK = 1.1  # times the largest error on the calibration prompts: what counts as harder
+
+
+class Guard:
+    """Adds a step to a stream whose forecasts turn out worse than the plan's limits."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def watch(self, anchors: Anchors | None, stream: Stream, step: int) -> None:
+        """Judges, at the anchor `step` of a stream, the forecast that its newest value would have got."""
+        error = _newest_error(anchors, step)
+        if error is not None and (extra := extra_step(self.plan, step, float(error.max()))) is not None:
+            stream.extra.add(extra)
+
+
+@dataclass
+class Errors:
+    """Collects by step, and for every sample, the errors that a guard would judge; changes nothing."""
+
+    found: dict[int, list[float]] = field(default_factory=dict)
+
+    def watch(self, anchors: Anchors | None, stream: Stream, step: int) -> None:
+        """Notes the error at the anchor `step`."""
+        error = _newest_error(anchors, step)
+        if error is not None:
+            self.found.setdefault(step, []).extend(error.tolist())
+
+
+def _newest_error(anchors: Anchors | None, step: int) -> Tensor | None:
+    if anchors is None or not anchors.steps or anchors.steps[0] != step:
+        return None
+    return anchor_error(list(zip(anchors.steps, anchors.values, strict=True)))
 
 
 def anchor_error(anchors: Sequence[tuple[float, tuple[Tensor, ...]]]) -> Tensor | None:

@@ -5,14 +5,33 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from dcc.variants.hoisted import Once, held_bytes
+from dcc.passes.values import State
+from dcc.variants.hoisted import Held, held_bytes
 
 MAX_STREAMS = 64  # abandoned generations beyond this many are forgotten, the oldest first
+
+
+class Anchors:
+    """Values of one site that were kept, newest first, and the steps that computed them."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.values: list[tuple[Tensor, ...]] = []
+
+    def keep(self, step: float, values: tuple[Tensor, ...], limit: int) -> None:
+        """Adds the newest and drops what exceeds `limit`."""
+        self.steps = [step, *self.steps][:limit]
+        self.values = [values, *self.values][:limit]
+
+    def forget(self, steps: set[int]) -> None:
+        """Drops those of these steps."""
+        kept = [(step, values) for step, values in zip(self.steps, self.values, strict=True) if step not in steps]
+        self.steps, self.values = [step for step, _ in kept], [values for _, values in kept]
 
 
 @dataclass
@@ -24,29 +43,41 @@ class Stream:
     step: float = -1
     served: list[int] = field(default_factory=list)  # per selector, at other noise levels than the plan's (mapping.due)
     extra: set[int] = field(default_factory=set)  # steps that the guard has computed besides the planned ones
-    anchors: dict[str, list[tuple[float, tuple[Tensor, ...]]]] = field(default_factory=dict)
-    states: dict[str, Tensor] = field(default_factory=dict)  # of token selection, by the name of the graph input
-    once: dict[Any, Once] = field(default_factory=dict)  # what no step changes, by the shapes of the call
+    anchors: dict[str, Anchors] = field(default_factory=dict)  # by site
+    states: dict[State, Tensor] = field(default_factory=dict)  # of token selection
+    once: dict[Any, Held] = field(default_factory=dict)  # what no step changes, by the shapes of the call
     watch: Any = None  # a triggered.Watch, where the plan has a trigger
 
     def keep(self, site: str, step: float, values: tuple[Tensor, ...], limit: int) -> None:
         """Adds an anchor, newest first, and drops what exceeds `limit`."""
-        self.anchors[site] = [(step, values), *self.anchors.get(site, [])][:limit]
+        anchors = self.anchors.get(site)
+        if anchors is None:
+            anchors = self.anchors[site] = Anchors()
+        anchors.keep(step, values, limit)
+
+    def copy(self) -> Stream:
+        """A stream of its own that begins with the same anchors and states."""
+        twin = replace(self, anchors={}, states=dict(self.states))
+        for site, anchors in self.anchors.items():
+            twin.anchors[site] = Anchors()
+            twin.anchors[site].steps, twin.anchors[site].values = anchors.steps, anchors.values
+        return twin
 
     def forget_extra(self) -> None:
         """Drops the anchors that the guard added."""
-        for site, kept in self.anchors.items():
-            self.anchors[site] = [(step, values) for step, values in kept if step not in self.extra]
+        for anchors in self.anchors.values():
+            anchors.forget(self.extra)
         self.extra.clear()
 
     def steps(self, site: str) -> list[float]:
         """Steps of the site's anchors, newest first."""
-        return [step for step, _ in self.anchors.get(site, [])]
+        anchors = self.anchors.get(site)
+        return anchors.steps if anchors is not None else []
 
     def bytes(self) -> int:
         """Bytes of all anchors held."""
         watched = self.watch.bytes() if self.watch is not None else 0
-        kept = [tensor for anchors in self.anchors.values() for _, values in anchors for tensor in values]
+        kept = [tensor for anchors in self.anchors.values() for values in anchors.values for tensor in values]
         kept += self.states.values()
         return watched + sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
@@ -109,10 +140,11 @@ class Sessions:
             for key in [key for key in self.streams if isinstance(key, tuple) and key[0] == owner]:
                 del self.streams[key]
 
-    def count(self, kind: str) -> None:
-        """Adds one call of `kind`: computed, forecast, missed, mapped or guarded."""
+    def count(self, *kinds: str) -> None:
+        """Adds one call of each kind: computed, forecast, missed, mapped or guarded."""
         with self.lock:
-            setattr(self.counts, kind, getattr(self.counts, kind) + 1)
+            for kind in kinds:
+                setattr(self.counts, kind, getattr(self.counts, kind) + 1)
 
     def add(self, **amounts: int) -> None:
         """Adds to counters by name."""

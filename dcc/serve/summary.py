@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from dcc.capture.captured import Captured
+from dcc.lower.program import Program
 from dcc.plans.plan import Plan
+from dcc.serve.session import Counts
 from dcc.text import human_bytes, render
-
-if TYPE_CHECKING:
-    from dcc.serve.denoiser import CompiledDenoiser
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,11 @@ class Summary:
     prologues: int = 0  # times that was computed
 
     @classmethod
-    def of(cls, net: CompiledDenoiser) -> Summary:
-        """The summary of `net` as of now."""
-        counts = net.sessions.counts
-        programs = list(net.programs.values())
-        problems = [
-            f"not exported, cached at its output only: {f.captured.problem}" for f in net.families if f.captured.problem
-        ]
+    def of(
+        cls, plan: Plan, counts: Counts, captures: Sequence[Captured], programs: Collection[Program], backend: str
+    ) -> Summary:
+        """The summary of what a denoiser has counted so far; `compile_seconds` are those of the lowering alone."""
+        problems = [f"not exported, cached at its output only: {c.problem}" for c in captures if c.problem]
         problems += [f"variant {p.variant.name} {said}" for p in programs for said in p.problems]
         if counts.missed:
             problems.append(f"{counts.missed} planned forecasts were computed, because their anchors were not there")
@@ -57,25 +55,25 @@ class Summary:
             )
         if counts.forgotten:
             problems.append(f"{counts.forgotten} unfinished generations were forgotten")
-        planned = net.plan.steps - sum(net.plan.steps_mask)
-        if planned == 0 or (net.plan.trigger and counts.computed and not counts.forecast):
+        planned = plan.steps - sum(plan.steps_mask)
+        if planned == 0 or (plan.trigger and counts.computed and not counts.forecast):
             what = "the trigger has forecast no step so far" if planned else "this plan computes every step"
             problems.append(f"{what}: it is the original model, nothing is saved")
         return cls(
-            plan=net.plan,
-            backend=net.backend,
-            variants=len(net.plan.rows),
+            plan=plan,
+            backend=backend,
+            variants=len(plan.rows),
             programs=len(programs),
-            captures=len(net.families),
-            captured="; ".join(dict.fromkeys(f.captured.origin for f in net.families)),
-            compile_seconds=sum(p.seconds for p in programs) + net.capture_seconds,
+            captures=len(captures),
+            captured="; ".join(dict.fromkeys(c.origin for c in captures)),
+            compile_seconds=sum(p.seconds for p in programs),
             computed=counts.computed,
             forecast=counts.forecast,
             missed=counts.missed,
             sessions=counts.sessions,
             cache_bytes=counts.peak_bytes,
             problems=tuple(problems),
-            speedup=counts.flops_uncached / counts.flops if counts.flops else net.plan.speedup,
+            speedup=counts.flops_uncached / counts.flops if counts.flops else plan.speedup,
             syncs=counts.syncs,
             regions=counts.regions,
             hoisted_bytes=counts.peak_hoisted,

@@ -1,4 +1,4 @@
-"""The denoiser of a plan whose trigger decides at run time, for every sample of a batch on its own.
+"""Runs a plan whose trigger decides at run time, for every sample of a batch on its own.
 
 A step runs at most two regions and reads the device at most once: the prefix with its numbers, then the suffix of the
 row that the numbers ask for. Where the samples of a batch want different rows, each row runs for its samples only.
@@ -11,20 +11,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dcc.capture.captured import Captured
-from dcc.lower.program import Variant
-from dcc.passes.base import Port, anchor_name, seen_name, watch_name, write_name
-from dcc.passes.graph import COEFFICIENTS
+from dcc.discover.sites import Sites
+from dcc.lower.program import Programs
+from dcc.passes.base import Port
+from dcc.passes.values import Distance, Output, Watched
 from dcc.plans.plan import Plan, is_full
 from dcc.plans.predictors import Predictor
 from dcc.plans.triggers import Memory, trigger_of
 from dcc.record.call import Call
 from dcc.record.recorder import Recording
-from dcc.serve.denoiser import CompiledDenoiser, Family, batch_of
-from dcc.serve.session import Counts, Stream
+from dcc.serve.binding import Binding, Tables
+from dcc.serve.session import Sessions, Stream
+from dcc.variants.build import Family, build
 from dcc.variants.trigger_graphs import TriggerGraphs
+from dcc.variants.variant import Variant
 
 Chosen = Tensor | None  # indices of the samples a region runs for; None for all
 
@@ -87,25 +89,28 @@ class Watch:
         return rings + sum(t.numel() * t.element_size() for t in self.previous.values())
 
 
-class TriggeredDenoiser(CompiledDenoiser):
-    """See the file's docstring."""
+class TriggeredRunner:
+    """Serves steps as a trigger decides; the first call of a stream computes everything."""
 
-    def __init__(self, original: nn.Module, plan: Plan, *rest: Any) -> None:
-        super().__init__(original, plan, *rest)
-        self.__dict__["trigger"] = trigger_of(plan.trigger)
-        self.__dict__["predictors"] = [Predictor.of(data) for data in plan.predictors]
+    def __init__(self, plan: Plan, run: Recording, programs: Programs, sessions: Sessions, guard: Any = None) -> None:
+        self.plan, self.recording, self.programs, self.sessions = plan, run, programs, sessions
+        self.tables = Tables()
+        self.trigger = trigger_of(plan.trigger)
+        self.predictors = [Predictor.of(data) for data in plan.predictors]
 
-    def warm(self, call: Call, say: Callable[[str], None]) -> None:
+    def build(self, sites: Sites) -> Family:
+        """The graphs of the plan for one captured graph."""
+        return build(self.plan, sites, self.programs.observer)
+
+    def warm(self, family: Family, call: Call, say: Callable[[str], None]) -> None:
         """Lowers and checks the start, the prefix, and a row that computes and one that forecasts."""
-        with torch.no_grad():
-            family, stream = self.family(call), Stream("warm")
-            full = family.graphs.full
-            for index, row in enumerate((None, full, self.trigger.sample_row(len(full)))):
-                say(f"lowering variant {index + 1} of 3")
-                self._step_through(family, call, stream, index, row)
-        self.sessions.counts = Counts()
+        stream, full = Stream("warm"), family.graphs.full
+        for index, row in enumerate((None, full, self.trigger.sample_row(len(full)))):
+            say(f"lowering variant {index + 1} of 3")
+            self._step_through(family, call, stream, index, row)
 
     def serve(self, family: Family, call: Call, stream: Stream, step: float) -> list[Tensor]:
+        """The denoiser's outputs for one step of one stream."""
         if step != int(step):  # a run of other noise levels: the trigger decides there as it does here
             stream.served = stream.served or [0]
             self.sessions.count("mapped")
@@ -115,9 +120,9 @@ class TriggeredDenoiser(CompiledDenoiser):
         self, family: Family, call: Call, stream: Stream, step: float, forced: tuple[int, ...] | None
     ) -> list[Tensor]:
         """One call of one stream; `forced` is a row to run whatever the trigger says."""
-        if self.backend == "inductor":
+        if self.programs.backend == "inductor":
             call = call.contiguous()
-        graphs, batch = family.graphs, batch_of(call, self.recording)
+        graphs, batch = family.graphs, self.recording.batch_of(call)
         if stream.watch is None or len(stream.watch.memories) != batch:
             stream.watch = Watch([Memory(self.plan.steps) for _ in range(batch)])
             outputs = self._run(graphs, graphs.start, call, stream.watch, step, graphs.full, None, {})
@@ -135,7 +140,7 @@ class TriggeredDenoiser(CompiledDenoiser):
             numbers = {}
             if len(set(rows)) > 1 and not graphs.separable:
                 rows = [graphs.full] * batch
-        with self._lock:
+        with self.programs.lock:
             variants = {row: graphs.row(row) for row in rows}
         if any(name not in handed for name in graphs.handed):  # a new row takes more from the prefix than those so far
             handed, _ = self._look(graphs, call, watch)
@@ -184,11 +189,11 @@ class TriggeredDenoiser(CompiledDenoiser):
         """Runs the prefix: the tensors that it hands over, and its numbers by measure."""
         if graphs.prefix is None:
             return {}, {}
-        values = graphs.captured.bindings(call) | self._seen(graphs, watch, None)
-        results = self._call(graphs.prefix, call, values)
+        binding = Binding(self.tables, graphs.captured, call, 0, watch=watch)
+        results = self._call(graphs.prefix, call, binding)
         for port in graphs.watched(None):
-            watch.previous[port] = results[watch_name(port)]
-        numbers = {measure.name: results[graphs.name(measure)] for measure in graphs.looks(None)}
+            watch.previous[port] = results[Watched(port)]
+        numbers = {measure.name: results[Distance(graphs.look(measure))] for measure in graphs.looks(None)}
         return {name: results[name] for name in graphs.handed}, numbers
 
     def _run(
@@ -207,25 +212,26 @@ class TriggeredDenoiser(CompiledDenoiser):
         """Runs a region for the chosen samples; keeps what it writes and the values watched at computed steps."""
         batch = len(watch.memories)
         part = call if who is None else _part(graphs, call, who)
-        values = graphs.captured.bindings(part) | {
-            name: _pick(tensor, who, graphs.batched(name)) for name, tensor in handed.items()
-        }
-        values |= self._seen(graphs, watch, who)
-        forecast = [group for group, d in zip(graphs.selected, row, strict=True) if d == 0]
-        for site in (site for group in forecast for site in group):
-            for age in range(self.plan.anchors):
-                for index, tensor in enumerate(watch.rings[site.name].at(age)):
-                    values[anchor_name(site, index, age)] = _pick(tensor, who, graphs.batched(site.ports[index].out))
-        if COEFFICIENTS in variant.inputs:
-            samples = range(batch) if who is None else who.tolist()
-            values[COEFFICIENTS] = self._weigh(graphs, watch, step, row, samples, given, call.tensors[0].device)
-        results = self._call(variant, part, values)
-        for site in (s for group, d in zip(graphs.selected, row, strict=True) if d == 1 for s in group):
-            written = tuple(results[write_name(site, index)] for index in range(len(site.ports)))
-            watch.rings.setdefault(site.name, Ring()).keep(step, written, who, batch, self.plan.anchors)
+        samples = range(batch) if who is None else who.tolist()
+        device = call.tensors[0].device
+        binding = Binding(
+            self.tables,
+            graphs.captured,
+            part,
+            step,
+            watch.rings,
+            coefficients=lambda: self._weigh(graphs, watch, step, row, samples, given, device),
+            watch=watch,
+            handed=handed,
+            chosen=who,
+        )
+        results = self._call(variant, part, binding)
+        for site, places in variant.kept:
+            written = tuple(results[place] for place in places)
+            watch.rings.setdefault(site, Ring()).keep(step, written, who, batch, self.plan.anchors)
         if is_full(row):
             for port in [*graphs.watched(None), *graphs.watched(row)]:
-                value = results.get(watch_name(port))
+                value = results.get(Watched(port))
                 value = _pick(watch.previous[port], who) if value is None else value
                 depth = max(2, self.plan.anchors)
                 watch.seen.setdefault(port, Ring()).keep(step, (value,), who, batch, depth)
@@ -233,21 +239,13 @@ class TriggeredDenoiser(CompiledDenoiser):
                     watch.previous[port] = value
         if numbers is not None:
             for measure in graphs.looks(row):
-                number = results[graphs.name(measure)]
+                number = results[Distance(graphs.look(measure))]
                 if who is not None:
                     known = numbers.get(measure.name, number.new_full((batch,), torch.nan))
                     number = known.index_copy(0, who, number)
                 numbers[measure.name] = number
         self.sessions.weigh()
-        return [results[str(index)] for index in range(variant.outputs)]
-
-    def _seen(self, graphs: TriggerGraphs, watch: Watch, who: Chosen) -> dict[str, Tensor]:
-        """The watched values as graph inputs, of the step before and of computed steps."""
-        found = {seen_name(port, "previous"): _pick(t, who) for port, t in watch.previous.items()}
-        for port, ring in watch.seen.items():
-            for age in range(max(2, self.plan.anchors)):
-                found[seen_name(port, age)] = _pick(ring.at(age)[0], who)
-        return found
+        return [results[index] for index in range(variant.outputs)]
 
     def _weigh(
         self,
@@ -275,32 +273,17 @@ class TriggeredDenoiser(CompiledDenoiser):
                 table[k, i, : len(weights)] = torch.tensor(weights, dtype=torch.float64)
         return table.float().to(device)
 
-    def _call(self, variant: Variant, call: Call, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs of a region: the denoiser's own by number, the others by name."""
-        inputs = [values[name] for name in variant.inputs]
+    def _call(self, variant: Variant, call: Call, binding: Binding) -> dict[Output | str | int, Tensor]:
+        """Outputs of a region: all by their place, those after the denoiser's own also by what they are."""
+        inputs = binding.of(variant.takes)
         self.sessions.add(regions=1)
-        outputs = self.program(variant, call, inputs)(inputs)
-        names = [*map(str, range(variant.outputs)), *variant.writes]
-        return dict(zip(names, outputs, strict=True))
+        outputs = self.programs.of(variant, call, inputs)(inputs)
+        return dict(enumerate(outputs)) | dict(zip(variant.gives, outputs[variant.outputs :], strict=True))
 
     def _count(self, rows: Sequence[tuple[int, ...]], graphs: TriggerGraphs) -> None:
         self.sessions.count("computed" if all(map(is_full, rows)) else "forecast")
         spent = sum(graphs.flops[row] for row in rows) // len(rows)
         self.sessions.add(flops=spent, flops_uncached=graphs.sites.flops)
-
-
-def denoiser_for(
-    original: nn.Module,
-    plan: Plan,
-    recording: Recording,
-    build: Callable[[Captured, Plan], Family],
-    backend: str,
-    guard: bool = False,
-    mode: str = "default",
-) -> CompiledDenoiser:
-    """The denoiser that runs a plan: static, or with a trigger."""
-    kind = TriggeredDenoiser if plan.trigger else CompiledDenoiser
-    return kind(original, plan, recording, build, backend, guard, mode)
 
 
 def _pick(tensor: Tensor, who: Chosen, batched: bool = True) -> Tensor:

@@ -80,24 +80,19 @@ def map_flops(made: Sequence[Correction], sites: Sites) -> int:
 class Factors:
     """The matrices of maps on the device of the weights; made when first asked for, and again for another weight.
 
-    A weight that is changed in place behind autograd's back (`weight.data += ...`) is not noticed: the map then stays
+    A weight that is changed in place unseen by autograd (`weight.data += ...`) is not noticed: the map then stays
     the old one, which makes forecasts a little worse and computed steps no different.
     """
 
     def __init__(self) -> None:
         self.made: dict[Correction, tuple[Any, tuple[Tensor, ...]]] = {}
 
-    def bound(self, needed: Sequence[Correction], values: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-        """The matrices by the names of the graph inputs that take them; `like` has the device and dtype of files'."""
-        return {n: m for c in needed for n, m in zip(c.inputs, self._of(c, values, like), strict=True)}
-
-    def _of(self, correction: Correction, values: Mapping[str, Tensor], like: Tensor) -> tuple[Tensor, ...]:
-        weight = values[correction.weight] if correction.weight else like
-        key = (weight.data_ptr(), weight._version) if correction.weight else None
-        key = (key, weight.device, weight.dtype)
+    def of(self, correction: Correction, weight: Tensor, own: bool) -> tuple[Tensor, ...]:
+        """A map's matrices with the device and dtype of `weight`; made of it where it is the map's `own` weight."""
+        key = ((weight.data_ptr(), weight._version) if own else None, weight.device, weight.dtype)
         known = self.made.get(correction)
         if known is None or known[0] != key:
-            made = low_rank(correction, weight) if correction.weight else _from_file(correction)
+            made = low_rank(correction, weight) if own else _from_file(correction)
             self.made[correction] = known = (key, tuple(m.to(weight.device, weight.dtype) for m in made))
         return known[1]
 

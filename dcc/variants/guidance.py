@@ -47,14 +47,12 @@ def check_plan(plan: Plan, selected: Sequence[Sequence[Site]]) -> None:
                 )
 
 
-def check_halves(captured: Captured) -> None:
+def check_halves(sites: Sites) -> None:
     """Raises PlanError unless the conditional half of the recorded call, alone, gives that half of its output.
 
     Runs the captured graph twice. Sizes that capture has fixed, and values that mix the samples of a batch, show here.
     """
-    if captured.halves is None:
-        captured.halves = _gives_its_half(captured)
-    if not captured.halves:
+    if not _gives_its_half(sites.captured):
         raise PlanError(
             "'uncond' cannot be forecast: this denoiser computes something else for the conditional half of a batch "
             "alone than within the whole; choose other sites"

@@ -1,4 +1,4 @@
-"""What no step changes is computed once a session: the graph that computes it, and the values that a stream holds.
+"""What no step changes is computed once per request: the graph that computes it, and the values that a stream holds.
 
 A prologue is the captured graph cut down to the values worth holding (passes/invariants.py). A stream runs it when a
 variant first takes one of them, and again where an input that the values were made from is another tensor or was
@@ -7,24 +7,24 @@ written to since: a new weight takes effect at once, as it does without hoisting
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
 
-from dcc.capture.captured import Captured
 from dcc.discover.sites import Sites
-from dcc.passes.base import Site, once_name
+from dcc.passes.base import Site
 from dcc.passes.invariants import invariants, worth_hoisting
 from dcc.passes.split_at import prefix
+from dcc.passes.values import VALUE, Argument, Input, Served
 from dcc.record.call import Call
 
 
 @dataclass
-class Once:
-    """The values of one prologue run, by the name of the graph input that takes them, and what they were made from."""
+class Held:
+    """The values of one prologue run, by the node that makes each, and what they were made from."""
 
     marks: tuple[Any, ...]
     values: dict[str, Tensor]
@@ -35,70 +35,65 @@ class Once:
 class Prologue:
     """The graph that computes once what no step changes; without `names` there is nothing to compute.
 
-    `fixed` are the inputs whose values it reads; others give their sizes only. It runs eagerly: lowering takes longer
-    than one run a session saves.
+    `inputs` are what it takes, `names` the nodes of the captured graph whose values it gives, `fixed` the places of the
+    inputs whose values it reads; others give their sizes only. It runs eagerly: lowering takes longer than one run per
+    request saves.
     """
 
     graph_module: GraphModule | None = None
-    inputs: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()  # of the graph inputs of variants that take its outputs, in order
-    fixed: tuple[str, ...] = ()
+    inputs: tuple[Input, ...] = ()
+    names: tuple[str, ...] = ()
+    fixed: tuple[int, ...] = ()
 
-    def bound(
-        self,
-        taken: Collection[str],
-        given: Call,
-        captured: Captured,
-        values: Mapping[str, Tensor],
-        held: dict[Any, Once],
-        weigh: Callable[[], None],
+    def values(
+        self, served: Served, given: Call, held: dict[Any, Held], weigh: Callable[[], None]
     ) -> dict[str, Tensor]:
-        """The held values by the name of the graph input; none where a variant, whose inputs are `taken`, needs none.
+        """The held values by node; they are computed where they are not held yet.
 
-        `given` is the call as the caller made it, whose tensors' identity counts, `values` the graph inputs by name,
-        `held` what the stream holds, by the shapes of the call; `weigh` is called after a run.
+        `given` is the call as the caller made it, whose tensors' identity counts, `held` what the stream holds, by the
+        shapes of the call; `weigh` is called after a run.
         """
-        if not any(name in taken for name in self.names):
-            return {}
-        own = {captured.inputs[p]: t for p, t in zip(given.names, given.tensors, strict=True) if p in captured.inputs}
-        marks = tuple(_mark(own.get(name, values[name])) for name in self.fixed)
-        shapes = given.shapes
-        if shapes not in held or held[shapes].marks != marks:
-            outputs = self.graph_module(*(values[name] for name in self.inputs))
-            made_from = tuple(own[name] for name in self.fixed if name in own)
-            held[shapes] = Once(marks, dict(zip(self.names, outputs, strict=True)), made_from)
+        own = dict(zip(given.names, given.tensors, strict=True))
+        taken = [self.inputs[index] for index in self.fixed]
+        read = [own[i.path] if isinstance(i, Argument) else i.tensor(served) for i in taken]
+        marks = tuple(map(_mark, read))
+        known = held.get(given.shapes)
+        if known is None or known.marks != marks:
+            outputs = self.graph_module(*(value.tensor(served) for value in self.inputs))
+            made_from = tuple(t for i, t in zip(taken, read, strict=True) if isinstance(i, Argument))
+            known = held[given.shapes] = Held(marks, dict(zip(self.names, outputs, strict=True)), made_from)
             weigh()
-        return held[shapes].values
+        return known.values
 
 
-def hoisted(captured: Captured, sites: Sites, selected: Iterable[Iterable[Site]]) -> tuple[str, ...]:
-    """Names of the captured graph's nodes to compute once a session; none where it is not known which inputs move.
+def hoisted(sites: Sites, selected: Iterable[Iterable[Site]]) -> tuple[str, ...]:
+    """Names of the captured graph's nodes to compute once per request; none where it is not known which inputs move.
 
     Values of the `selected` sites stay: they are cached as the plan says.
     """
-    if captured.problem or not captured.varying:
+    if sites.captured.problem or not sites.varying:
         return ()
     kept = {port.out for group in selected for site in group for port in site.ports}
-    return worth_hoisting(captured.graph_module, sites.costs, moving_inputs(captured), kept)
+    return worth_hoisting(sites.graph_module, sites.costs, moving_inputs(sites), kept)
 
 
-def moving_inputs(captured: Captured) -> set[str]:
+def moving_inputs(sites: Sites) -> set[str]:
     """Graph inputs that change from step to step, or that are made anew at every step though their values stay."""
-    return {name for path, name in captured.inputs.items() if path not in captured.fixed}
+    return {name for path, name in sites.captured.inputs.items() if path not in sites.kept}
 
 
-def prologue(captured: Captured, names: Sequence[str]) -> Prologue:
+def prologue(sites: Sites, names: Sequence[str]) -> Prologue:
     """The prologue of these nodes of the captured graph."""
     if not names:
         return Prologue()
-    graph_module = prefix(captured.graph_module, names)
-    read = invariants(graph_module, moving_inputs(captured))
-    inputs = tuple(node.name for node in graph_module.graph.nodes if node.op == "placeholder")
-    fixed = tuple(name for name in inputs if name in read)
-    return Prologue(graph_module, inputs, tuple(map(once_name, names)), fixed)
+    graph_module = prefix(sites.graph_module, names)
+    read = invariants(graph_module, moving_inputs(sites))
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    fixed = tuple(index for index, node in enumerate(placeholders) if node.name in read)
+    return Prologue(graph_module, tuple(node.meta[VALUE] for node in placeholders), tuple(names), fixed)
 
 
-def held_bytes(held: dict[Any, Once]) -> int:
+def held_bytes(held: dict[Any, Held]) -> int:
     """Bytes of memory that the values of a stream take; views of one value count once."""
     storages = {}
     for tensor in (tensor for once in held.values() for tensor in once.values.values()):

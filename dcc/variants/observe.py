@@ -5,7 +5,7 @@
 | `DCC_DEBUG=1` | one line per pass on stderr: seconds, edits, nodes |
 | `DCC_DEBUG=2` | also the changed lines of the graph text |
 | `DCC_DEBUG=3` | the whole text after each pass |
-| `DCC_DUMP=dir` | writes `<variant>_<nn>_<pass>.txt` into `dir` |
+| `DCC_DUMP=dir` | writes `<variant>_<nn>_<pass>.txt` into `dir`; the last one of a variant is what goes to Inductor |
 | `DCC_UNTIL=pass` | runs the passes up to and including this one |
 | `DCC_SKIP=a,b` | leaves these optional passes out |
 """
@@ -22,9 +22,9 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
+from dcc import passes as rewrites
 from dcc.errors import OptionError, PassError
-from dcc.passes import PASSES
-from dcc.passes.base import Pass, Row
+from dcc.passes.base import VARIANT, Pass, Row
 from dcc.passes.text import text
 from dcc.passes.verify import verify
 
@@ -41,7 +41,7 @@ class Options:
     @classmethod
     def from_env(cls) -> Options:
         """Raises OptionError, listing the good values, for a bad one."""
-        names = [p.name for p in PASSES]
+        names = [p.name for p in rewrites.PASSES]
         debug = os.environ.get("DCC_DEBUG", "0") or "0"
         if debug not in ("0", "1", "2", "3"):
             raise OptionError(f"DCC_DEBUG={debug!r}: use 0, 1, 2 or 3")
@@ -49,7 +49,7 @@ class Options:
         if until is not None and until not in names:
             raise OptionError(f"DCC_UNTIL={until!r} is no pass; passes are: {', '.join(names)}")
         skip = frozenset(name for name in os.environ.get("DCC_SKIP", "").split(",") if name)
-        optional = [p.name for p in PASSES if p.optional]
+        optional = [p.name for p in rewrites.PASSES if p.optional]
         if bad := sorted(skip.difference(optional)):
             raise OptionError(f"DCC_SKIP={','.join(bad)!r}: only these passes may be skipped: {', '.join(optional)}")
         dump = os.environ.get("DCC_DUMP")
@@ -63,10 +63,21 @@ class Observer:
     options: Options = field(default_factory=Options.from_env)
     records: list[tuple[str, str, float, int]] = field(default_factory=list)
 
-    def run_all(self, graph_module: GraphModule, row: Row, variant: str, passes: Sequence[Pass] = PASSES) -> None:
-        """Runs the passes in order. Raises PassError where one breaks the graph or its declared order is not met."""
+    def run_all(
+        self,
+        graph_module: GraphModule,
+        row: Row,
+        variant: str,
+        passes: Sequence[Pass] | None = None,
+        stage: str = VARIANT,
+    ) -> None:
+        """Runs the passes of a stage in order, those of PASSES where none are given.
+
+        Raises PassError where one breaks the graph, or where their declared order is not met.
+        """
+        passes = rewrites.PASSES if passes is None else passes
         check_order(passes)
-        for index, pass_ in enumerate(passes):
+        for index, pass_ in enumerate(own for own in passes if own.stage == stage):
             if pass_.name not in self.options.skip:
                 self.run(pass_, graph_module, row, variant, index)
             if pass_.name == self.options.until:
@@ -77,7 +88,7 @@ class Observer:
         """Runs one pass, verifies what it left and returns its number of edits."""
         before = text(graph_module) if self.options.debug >= 2 else ""
         start = time.perf_counter()
-        edits = pass_.apply(graph_module, row)
+        edits = pass_.run(graph_module, row)
         seconds = time.perf_counter() - start
         verify(graph_module, pass_.name)
         self.records.append((variant, pass_.name, seconds, edits))

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dcc.capture.captured import Captured
 from dcc.discover.sites import Sites
 from dcc.errors import PolicyError
-from dcc.lower.program import Variant
-from dcc.passes.base import GUIDANCE, Look, Port, Row, Site, look_name, watch_name
-from dcc.passes.graph import nodes_by_name, output_node, symbols
+from dcc.passes.base import GUIDANCE, Group, Look, Port, Row, Site, Table
+from dcc.passes.graph import carries_batch, nodes_by_name, output_node, symbols
+from dcc.passes.insert_measures import Measures
 from dcc.passes.split_at import ancestors, prefix, suffix
+from dcc.passes.values import Distance, Watched, emitted
 from dcc.plans.plan import Plan, is_full
 from dcc.plans.triggers import BEFORE, Measure, trigger_of
+from dcc.variants.selection import cache_orders
+from dcc.variants.variant import Variant
 
 MAX_ROWS = 16  # distinct rows that one captured graph is lowered for
 
@@ -29,14 +31,10 @@ class TriggerGraphs:
     """Variants are made when a row is first wanted; `make(row, name)` runs the passes on a copy of the graph."""
 
     def __init__(
-        self,
-        captured: Captured,
-        plan: Plan,
-        sites: Sites,
-        selected: Sequence[Sequence[Site]],
-        make: Callable[[Row, str], Variant],
+        self, plan: Plan, sites: Sites, selected: Sequence[Sequence[Site]], make: Callable[[Row, str], Variant]
     ) -> None:
-        self.captured, self.plan, self.sites, self.selected, self.make = captured, plan, sites, selected, make
+        self.plan, self.sites, self.selected, self.make = plan, sites, selected, make
+        self.captured = captured = sites.captured
         trigger = trigger_of(plan.trigger)
         self.measures = trigger.measures
         self.full = (1,) * len(plan.sites)
@@ -65,7 +63,7 @@ class TriggerGraphs:
                 raise KeyError(row)
             whole = self.make(self._row(row, measured=True), "row" + "".join(map(str, row)))
             graph_module, handed = suffix(whole.graph_module, self.inside, ())
-            self.rows[row] = _variant(whole.name, graph_module, whole.outputs)
+            self.rows[row] = Variant(whole.name, graph_module, whole.outputs)
             self.flops[row] = self._flops(row)
             new = [name for name in handed if name not in self.handed]
             if new or self.prefix is None:
@@ -82,7 +80,7 @@ class TriggerGraphs:
 
     def batched(self, name: str) -> bool:
         """Whether a value has the samples of the batch as its first dimension."""
-        return self.captured.carries_batch(self.nodes[name])
+        return carries_batch(self.captured.graph_module, self.nodes[name])
 
     @property
     def separable(self) -> bool:
@@ -101,10 +99,6 @@ class TriggerGraphs:
         drafted = not is_full(row)
         return [m for m in self.measures if m.when != BEFORE and (m.against == "forecast") == drafted]
 
-    def name(self, measure: Measure) -> str:
-        """Name of the graph output that carries the number of a measure."""
-        return look_name(self._look(measure))
-
     def watched(self, row: tuple[int, ...] | None) -> list[Port]:
         """Values that are returned in a row, or, for None, by the prefix."""
         if row is None:
@@ -119,25 +113,26 @@ class TriggerGraphs:
         ports, looks = self.watched(None), self.looks(None)
         if not looks:
             return None
-        row = Row(watched=tuple(ports), looks=tuple(self._look(m) for m in looks), anchors=self.plan.anchors)
-        whole = self.make(row, "prefix")
-        names = [*map(watch_name, ports), *(self.name(m) for m in looks), *self.handed]
-        return _variant("prefix", prefix(whole.graph_module, names), 0)
+        order = Measures(tuple(ports), tuple(self.look(m) for m in looks), self.plan.anchors)
+        whole = self.make(Row((order,)), "prefix")
+        returned = [*map(Watched, ports), *(Distance(look) for look in order.looks)]
+        nodes = [emitted(whole.graph_module, value) for value in returned]
+        names = [*(node.name for node in nodes if node is not None), *self.handed]
+        return Variant("prefix", prefix(whole.graph_module, names), 0)
 
     def _row(self, row: tuple[int, ...], measured: bool) -> Row:
         """The passes' row: at the start everything is watched, later only what the prefix does not give."""
         watched = self.watched(row) if measured else [*self.watched(None), *self.watched(self.full)]
-        looks = [self._look(m) for m in self.looks(row)] if measured else []
+        looks = [self.look(m) for m in self.looks(row)] if measured else []
         ports = dict.fromkeys([*watched, *(look.port for look in looks)])
-        return Row(
-            computed=tuple(s for group, d in zip(self.selected, row, strict=True) if d == 1 for s in group),
-            forecast=tuple(tuple(group) for group, d in zip(self.selected, row, strict=True) if d == 0),
-            anchors=self.plan.anchors,
-            watched=tuple(ports),
-            looks=tuple(looks),
-        )
+        computed = [s for group, d in zip(self.selected, row, strict=True) if d == 1 for s in group]
+        forecast = [tuple(group) for group, d in zip(self.selected, row, strict=True) if d == 0]
+        groups = [Group(sites, index) for index, sites in enumerate(forecast)]
+        orders = cache_orders(computed, groups, Table(len(groups), self.plan.anchors))
+        return Row((*orders, Measures(tuple(ports), tuple(looks), self.plan.anchors)))
 
-    def _look(self, measure: Measure) -> Look:
+    def look(self, measure: Measure) -> Look:
+        """What the graph measures for it."""
         return Look(self.ports[measure], measure.against, measure.norm)
 
     def _port(self, measure: Measure) -> Port:
@@ -153,9 +148,3 @@ class TriggerGraphs:
         needed = flow.needed(forecast) | self.inside
         needed |= flow.needed_for(verified, forecast)
         return sum(costs[name].flops for name in needed if name in costs)
-
-
-def _variant(name: str, graph_module, outputs: int) -> Variant:
-    nodes = output_node(graph_module).args[0]
-    inputs = tuple(node.name for node in graph_module.graph.nodes if node.op == "placeholder")
-    return Variant(name, graph_module, inputs, outputs, tuple(node.name for node in nodes)[outputs:])

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from dcc.passes import PASSES
-from dcc.passes.base import Port, Row, Site
+from dcc.passes.base import Port, Site
 from dcc.passes.costs import Cost, costs
 from dcc.passes.dataflow import Dataflow
+
+from ..rows import row_of
 
 aten = torch.ops.aten
 
@@ -102,9 +104,9 @@ def test_needed_is_what_the_passes_leave(stack, ports):
     needed = Dataflow(stack.captured.graph_module).needed(ports)
     graph_module = stack.graph()
     original = {node.name for node in graph_module.graph.nodes}
-    row = Row(forecast=(tuple(Site(f"site{k}", "value", (port,)) for k, port in enumerate(ports)),))
+    row = row_of(forecast=(tuple(Site(f"site{k}", "value", (port,)) for k, port in enumerate(ports)),))
     for pass_ in PASSES:
-        pass_.apply(graph_module, row)
+        pass_.run(graph_module, row)
     assert needed == {node.name for node in graph_module.graph.nodes} & original
 
 

@@ -4,12 +4,13 @@ import torch
 from torch import nn
 
 from dcc.capture.export import capture
-from dcc.passes import PASSES
-from dcc.passes.base import Row
 from dcc.passes.drop_asserts import ASSERTIONS, DropAsserts, is_assertion
 from dcc.passes.text import text
 from dcc.passes.verify import verify
 from dcc.record.call import bind
+
+from ..rows import ROW_PASSES as PASSES
+from ..rows import row_of
 
 aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ def test_fires(build):
         "%4 = aten.gelu.default(%2)  # f32[2, 4]\n"
         "return (%4,)\n"
     )
-    assert DropAsserts().apply(graph_module, Row()) == 1
+    assert DropAsserts().run(graph_module, row_of()) == 1
     assert text(graph_module) == (
         "%0 = input x  # f32[2, 3]\n"
         "%1 = input w  # f32[4, 3]\n"
@@ -53,14 +54,14 @@ def test_fires_on_every_assertion(build):
         return (aten.neg.default(x),)
 
     graph_module = build(several, x=torch.ones(2))
-    assert DropAsserts().apply(graph_module, Row()) == 4
+    assert DropAsserts().run(graph_module, row_of()) == 4
     assert not any(node.target in ASSERTIONS for node in graph_module.graph.nodes)
 
 
 def test_leaves_a_graph_without_assertions_alone(build):
     graph_module = build(plain, x=torch.ones(2, 3), w=torch.ones(4, 3))
     before = text(graph_module)
-    assert DropAsserts().apply(graph_module, Row()) == 0
+    assert DropAsserts().run(graph_module, row_of()) == 0
     assert text(graph_module) == before
 
 
@@ -81,7 +82,7 @@ def test_numbers_agree_with_eager(run):
     module = Cast()
     call = bind(module, (torch.randn(2, 8),), {}, frozenset())
     captured = capture(module, call)
-    assert DropAsserts().apply(captured.graph_module, Row()) > 0  # torch.export asserts the dtype before each cast
+    assert DropAsserts().run(captured.graph_module, row_of()) > 0  # torch.export asserts the dtype before each cast
     assert not any(node.target in ASSERTIONS for node in captured.graph_module.graph.nodes)
     (output,) = run(captured.graph_module, **captured.bindings(call))
     assert torch.equal(output, module(*call.tensors))

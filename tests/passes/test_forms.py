@@ -5,12 +5,15 @@ import torch
 
 from dcc.errors import PassError
 from dcc.kernels import band_split
-from dcc.passes.base import Port, Row, Site
-from dcc.passes.forms import Bands, Clusters, constants, largest
-from dcc.passes.insert_cache_reads import InsertCacheReads
+from dcc.passes.base import Port, Site
+from dcc.passes.forms import Bands, Clusters, largest
+from dcc.passes.insert_cache_reads import InsertCacheReads, Reads
 from dcc.passes.insert_forecasts import InsertForecasts
 from dcc.passes.text import text
+from dcc.passes.values import VALUE, Channels
 from dcc.passes.verify import verify
+
+from ..rows import row_of
 
 aten = torch.ops.aten
 NEG = Site("n", "value", (Port("neg_default"),))
@@ -29,16 +32,23 @@ def two_streams(x, y):
 
 def read(build, x, form, anchors=2):
     graph_module = build(negated, x=x)
-    InsertCacheReads().apply(graph_module, Row(forecast=((NEG,),), anchors=anchors, forms=(form,)))
+    InsertCacheReads().run(graph_module, row_of(forecast=((NEG,),), anchors=anchors, forms=(form,)))
     verify(graph_module, "test")
     return graph_module
 
 
+def channels_of(graph_module):
+    """The clusters of channels that a graph takes."""
+    found = [node.meta.get(VALUE) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return [value for value in found if isinstance(value, Channels)]
+
+
 def test_rows_of_groups():
-    row = Row(forecast=((NEG,), (PAIR,), (NEG,)), forms=(DCT, None, Clusters((0, 2, 1))))
-    assert [row.start(group) for group in range(4)] == [0, 2, 3, 6]
-    assert [Row(forecast=((NEG,), (PAIR,))).start(group) for group in range(3)] == [0, 1, 2]
-    assert row.form(1) is None and Row(forecast=((NEG,),)).form(0) is None
+    reads = row_of(forecast=((NEG,), (PAIR,), (NEG,)), forms=(DCT, None, Clusters((0, 2, 1)))).order(Reads)
+    assert [*(group.first for group in reads.groups), reads.table.rows] == [0, 2, 3, 6]
+    plain = row_of(forecast=((NEG,), (PAIR,))).order(Reads)
+    assert [*(group.first for group in plain.groups), plain.table.rows] == [0, 1, 2]
+    assert reads.groups[1].form is None and plain.groups[0].form is None
 
 
 def test_bands_in_the_graph(build):
@@ -55,7 +65,7 @@ def test_bands_in_the_graph(build):
         "%8 = aten.exp.default(%7)  # f32[2, 6, 3]\n"
         "return (%8,)\n"
     )
-    assert InsertForecasts().apply(graph_module, Row()) == 2  # both reads are spelled out, the filter stays a call
+    assert InsertForecasts().run(graph_module, row_of()) == 2  # both reads are spelled out, the filter stays a call
 
 
 def test_clusters_in_the_graph(build):
@@ -76,7 +86,7 @@ def test_clusters_in_the_graph(build):
 def test_bands_agree_with_two_whole_forecasts(build, run):
     new, old, x = torch.randn(3, 2, 6, 3)
     graph_module = read(build, x, DCT)
-    InsertForecasts().apply(graph_module, Row())
+    InsertForecasts().run(graph_module, row_of())
     coefficients = torch.randn(2, 2, 2)
     (output,) = run(graph_module, x=x, coefficients=coefficients, anchor_n_0_0=new, anchor_n_0_1=old)
     low, high = (c[:, 0, None, None] * new + c[:, 1, None, None] * old for c in coefficients)
@@ -89,8 +99,8 @@ def test_clusters_agree_with_a_loop_over_channels(build, run):
     form = Clusters((1, 0, 1))
     graph_module = read(build, x, form)
     coefficients = torch.randn(2, 2, 2)
-    (constant,) = constants(Row(forecast=((NEG,),), forms=(form,)))
-    values = {"anchor_n_0_0": new, "anchor_n_0_1": old, constant.name: constant.make()}
+    (constant,) = channels_of(graph_module)
+    values = {"anchor_n_0_0": new, "anchor_n_0_1": old, constant.name: torch.tensor(constant.of_channel)}
     (output,) = run(graph_module, x=x, coefficients=coefficients, **values)
     for channel, cluster in enumerate(form.of_channel):
         weights = coefficients[cluster]
@@ -101,7 +111,7 @@ def test_clusters_agree_with_a_loop_over_channels(build, run):
 def test_the_largest_value_is_split_and_others_follow_the_high_band(build):
     graph_module = build(two_streams, x=torch.ones(2, 6, 3), y=torch.ones(2, 4, 3))
     assert largest(graph_module, PAIR) == PAIR.ports[0]
-    InsertCacheReads().apply(graph_module, Row(forecast=((PAIR,),), forms=(DCT,)))
+    InsertCacheReads().run(graph_module, row_of(forecast=((PAIR,),), forms=(DCT,)))
     written = text(graph_module)
     assert written.count("band_split") == 1
     assert "dcc.kernels.combine.reference(%2, 1, [%3], True)  # f32[2, 4, 3]" in written
@@ -111,15 +121,18 @@ def test_the_largest_value_is_split_and_others_follow_the_high_band(build):
 def test_a_group_behind_reads_the_rows_behind(build):
     graph_module = build(two_streams, x=torch.ones(2, 6, 3), y=torch.ones(2, 4, 3))
     other = Site("e", "value", (Port("exp_default"),))
-    InsertCacheReads().apply(graph_module, Row(forecast=((NEG,), (other,)), forms=(Clusters((0, 2, 1)), None)))
+    InsertCacheReads().run(graph_module, row_of(forecast=((NEG,), (other,)), forms=(Clusters((0, 2, 1)), None)))
     assert "input coefficients  # f32[4, 2, 1]" in text(graph_module)
     assert "combine.reference(%2, 3, [%3], True)" in text(graph_module)
 
 
-def test_constants_are_named_after_their_sites():
-    row = Row(forecast=((NEG,), (PAIR,), (NEG,)), forms=(DCT, Clusters((1, 0)), None))
-    (constant,) = constants(row)
-    assert (constant.name, constant.make().tolist()) == ("channels_pair", [1, 0])
+def test_constants_are_named_after_their_sites(build):
+    graph_module = build(two_streams, x=torch.ones(2, 6, 3), y=torch.ones(2, 4, 2))
+    pair = Site("pair", "value", (Port("exp_default"),))
+    order = row_of(forecast=((NEG,), (pair,)), forms=(None, Clusters((1, 0))))
+    InsertCacheReads().run(graph_module, order)
+    (constant,) = channels_of(graph_module)
+    assert (constant.name, list(constant.of_channel)) == ("channels_pair", [1, 0])
 
 
 def test_clusters_of_other_channels_are_refused(build):
@@ -131,13 +144,13 @@ def test_clusters_of_other_channels_are_refused(build):
 def test_sizes_stay_symbolic(stack, run, form):
     graph_module = stack.graph()
     site = Site("stack", "residual", (Port("add_1", "x"),))
-    InsertCacheReads().apply(graph_module, Row(forecast=((site,),), anchors=1, forms=(form,)))
-    InsertForecasts().apply(graph_module, Row())
+    InsertCacheReads().run(graph_module, row_of(forecast=((site,),), anchors=1, forms=(form,)))
+    InsertForecasts().run(graph_module, row_of())
     verify(graph_module, "test")
     for batch, length in ((3, 6), (2, 24)):
         x, past = torch.randn(batch, length, 8), torch.randn(batch, length, 8)
         ones = torch.ones(form.rows, batch, 1)
         values = stack.values(x, torch.rand(batch)) | {"anchor_stack_0_0": past, "coefficients": ones}
-        values |= {c.name: c.make() for c in constants(Row(forecast=((site,),), forms=(form,)))}
+        values |= {c.name: torch.tensor(c.of_channel) for c in channels_of(graph_module)}
         (output,) = run(graph_module, **values)
         torch.testing.assert_close(output, stack.module.head(x + past))

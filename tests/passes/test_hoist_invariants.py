@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from dcc.errors import PassError
-from dcc.passes import PASSES
-from dcc.passes.base import Port, Row, Site, once_name
+from dcc.passes.base import Port, Site
 from dcc.passes.hoist_invariants import HoistInvariants
 from dcc.passes.split_at import prefix
 from dcc.passes.text import text
 from dcc.passes.verify import verify
+
+from ..rows import ROW_PASSES as PASSES
+from ..rows import once_name, row_of
 
 aten = torch.ops.aten
 
@@ -44,10 +46,10 @@ def test_fires(build, values):
         "%8 = aten.softmax.int(%7, -1)  # f32[2, 5, 3]\n"
         "return (%8,)\n"
     )
-    row = Row(hoisted=("transpose_int",))
-    assert HoistInvariants().apply(graph_module, row) == 1
+    row = row_of(hoisted=("transpose_int",))
+    assert HoistInvariants().run(graph_module, row) == 1
     verify(graph_module, "test")
-    assert PASSES[-1].apply(graph_module, row) == 4  # the projection, its transpose, and what only they took
+    assert PASSES[-1].run(graph_module, row) == 4  # the projection, its transpose, and what only they took
     assert text(graph_module) == (
         "%0 = input x  # f32[2, 5, 8]\n"
         "%1 = input wq  # f32[8, 8]\n"
@@ -64,16 +66,16 @@ def test_leaves_alone_what_is_not_asked_for_and_what_nothing_takes(build, values
         aten.linear.default(context, wk)
         return (aten.linear.default(x, wq),)
 
-    for row in (Row(), Row(hoisted=("linear_default",))):
+    for row in (row_of(), row_of(hoisted=("linear_default",))):
         graph_module = build(half_dead, **values)
         before = text(graph_module)
-        assert HoistInvariants().apply(graph_module, row) == 0
+        assert HoistInvariants().run(graph_module, row) == 0
         assert text(graph_module) == before
 
 
 def test_refuses_a_node_of_another_graph_and_one_that_is_no_tensor(build, stack, values):
     with pytest.raises(PassError, match="hoist_invariants: the graph has no node 'linear_99'"):
-        HoistInvariants().apply(build(cross, **values), Row(hoisted=("linear_99",)))
+        HoistInvariants().run(build(cross, **values), row_of(hoisted=("linear_99",)))
 
     def halves(x, context, wq, wk):
         first, _ = aten.chunk.default(context, 2)[:2]
@@ -81,7 +83,7 @@ def test_refuses_a_node_of_another_graph_and_one_that_is_no_tensor(build, stack,
 
     graph_module = build(halves, **values)
     with pytest.raises(PassError, match="'chunk_default' is no tensor; only tensors are held between steps"):
-        HoistInvariants().apply(graph_module, Row(hoisted=("chunk_default",)))
+        HoistInvariants().run(graph_module, row_of(hoisted=("chunk_default",)))
 
 
 def test_numbers_agree_with_eager(build, run, values):
@@ -89,7 +91,7 @@ def test_numbers_agree_with_eager(build, run, values):
     graph_module = build(cross, **values)
     (expected,) = run(graph_module, **values)
     (held,) = run(prefix(graph_module, ["transpose_int"]), **values)
-    HoistInvariants().apply(graph_module, Row(hoisted=("transpose_int",)))
+    HoistInvariants().run(graph_module, row_of(hoisted=("transpose_int",)))
     for _ in range(2):
         (found,) = run(graph_module, **values, once_transpose_int=held)
         assert torch.equal(found, expected)
@@ -104,10 +106,10 @@ def test_a_base_may_be_hoisted_and_then_serves_the_forecast(stack, run):
     values, outputs = stack.values(x, t), []
     (held,) = run(prefix(stack.graph(), [base]), **values)
     for hoisted in ((), (base,)):
-        for row in (Row(computed=(site,), hoisted=hoisted), Row(forecast=((site,),), anchors=1, hoisted=hoisted)):
+        for row in (row_of(computed=(site,), hoisted=hoisted), row_of(forecast=((site,),), anchors=1, hoisted=hoisted)):
             graph_module = stack.graph()
             for pass_ in PASSES:
-                pass_.apply(graph_module, row)
+                pass_.run(graph_module, row)
                 verify(graph_module, pass_.name)
             given = values | {once_name(base): held, "coefficients": torch.ones(1, 3, 1)}
             outputs.append(run(graph_module, **given, anchor_stack_0_0=torch.ones(3, 4, 8)))

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from dcc.errors import PassError
-from dcc.passes.base import Port, Row, Site, anchor_name
+from dcc.passes.base import Port, Site
 from dcc.passes.drop_dead_nodes import DropDeadNodes
 from dcc.passes.graph import nodes_by_name
 from dcc.passes.insert_cache_reads import InsertCacheReads
 from dcc.passes.insert_cache_writes import InsertCacheWrites
 from dcc.passes.text import text
 from dcc.passes.verify import verify
+
+from ..rows import anchor_name, row_of
 
 aten = torch.ops.aten
 RESIDUAL = Site("h", "residual", (Port("add_tensor", "x"),))
@@ -36,7 +38,7 @@ def examples():
 
 def test_fires(build):
     graph_module = build(residual, **examples())
-    assert InsertCacheReads().apply(graph_module, Row(forecast=((RESIDUAL,),), anchors=2)) == 1
+    assert InsertCacheReads().run(graph_module, row_of(forecast=((RESIDUAL,),), anchors=2)) == 1
     assert text(graph_module) == (
         "%0 = input x  # f32[2, 3]\n"
         "%1 = input w  # f32[3, 3]\n"
@@ -56,7 +58,7 @@ def test_fires(build):
 
 def test_fires_on_a_site_with_two_ports(build):
     graph_module = build(two_streams, x=torch.ones(2, 3), y=torch.ones(2, 5))
-    assert InsertCacheReads().apply(graph_module, Row(forecast=((TWO_PORTS,),), anchors=1)) == 2
+    assert InsertCacheReads().run(graph_module, row_of(forecast=((TWO_PORTS,),), anchors=1)) == 2
     assert text(graph_module) == (
         "%0 = input x  # f32[2, 3]\n"
         "%1 = input y  # f32[2, 5]\n"
@@ -76,7 +78,7 @@ def test_fires_on_a_site_with_two_ports(build):
 def test_leaves_a_row_that_forecasts_nothing_alone(build):
     graph_module = build(residual, **examples())
     before = text(graph_module)
-    assert InsertCacheReads().apply(graph_module, Row(computed=(RESIDUAL,), anchors=2)) == 0
+    assert InsertCacheReads().run(graph_module, row_of(computed=(RESIDUAL,), anchors=2)) == 0
     assert text(graph_module) == before
 
 
@@ -84,13 +86,13 @@ def test_leaves_a_row_that_forecasts_nothing_alone(build):
 def test_refuses_a_site_that_is_not_in_the_graph(build, port):
     graph_module = build(residual, **examples())
     with pytest.raises(PassError, match=r"insert_cache_reads.*nowhere"):
-        InsertCacheReads().apply(graph_module, Row(forecast=((Site("h", "value", (port,)),),)))
+        InsertCacheReads().run(graph_module, row_of(forecast=((Site("h", "value", (port,)),),)))
 
 
 def test_newest_anchor_alone_gives_its_value(build, run):
     values = examples()
     graph_module = build(residual, **values)
-    InsertCacheReads().apply(graph_module, Row(forecast=((RESIDUAL,),), anchors=2))
+    InsertCacheReads().run(graph_module, row_of(forecast=((RESIDUAL,),), anchors=2))
     new, old = torch.randn(2, 3), torch.randn(2, 3)
     coefficients = torch.tensor([1.0, 0.0]).expand(1, 2, 2)
     (output,) = run(graph_module, **values, anchor_h_0_0=new, anchor_h_0_1=old, coefficients=coefficients)
@@ -103,7 +105,7 @@ def test_each_group_reads_its_own_row_of_coefficients(build, run):
         (Site("b", "value", (Port("exp_default"),)),),
     )
     graph_module = build(two_streams, x=torch.ones(2, 3), y=torch.ones(2, 5))
-    InsertCacheReads().apply(graph_module, Row(forecast=groups, anchors=1))
+    InsertCacheReads().run(graph_module, row_of(forecast=groups, anchors=1))
     a, b = torch.randn(2, 3), torch.randn(2, 5)
     values = {"x": a, "y": b, "anchor_a_0_0": a, "anchor_b_0_0": b}
     coefficients = torch.tensor([2.0, 3.0])[:, None, None].expand(2, 2, 1)
@@ -113,8 +115,8 @@ def test_each_group_reads_its_own_row_of_coefficients(build, run):
 
 def test_base_that_is_itself_forecast_is_replaced(stack, run):
     graph_module = stack.graph()
-    assert InsertCacheReads().apply(graph_module, Row(forecast=(BLOCKS,), anchors=1)) == 2
-    DropDeadNodes().apply(graph_module, Row())
+    assert InsertCacheReads().run(graph_module, row_of(forecast=(BLOCKS,), anchors=1)) == 2
+    DropDeadNodes().run(graph_module, row_of())
     assert not any("blocks" in node.name for node in graph_module.graph.nodes if node.name.startswith("p_"))
     x, r0, r1 = torch.randn(3, 3, 7, 8)
     values = stack.values(x, torch.rand(3)) | {
@@ -129,9 +131,9 @@ def test_base_that_is_itself_forecast_is_replaced(stack, run):
 def test_true_anchors_give_the_output(stack, run):
     x, t = torch.randn(3, 7, 8), torch.rand(3)
     writing, reading = stack.graph(), stack.graph()
-    InsertCacheWrites().apply(writing, Row(computed=BLOCKS))
+    InsertCacheWrites().run(writing, row_of(computed=BLOCKS))
     output, first, second = run(writing, **stack.values(x, t))
-    InsertCacheReads().apply(reading, Row(forecast=(BLOCKS,), anchors=2))
+    InsertCacheReads().run(reading, row_of(forecast=(BLOCKS,), anchors=2))
     values = stack.values(x, t) | {"coefficients": torch.tensor([1.0, 0.0]).expand(1, 3, 2)}
     for site, write in zip(BLOCKS, (first, second), strict=True):
         values |= {anchor_name(site, 0, 0): write, anchor_name(site, 0, 1): torch.full_like(write, 9.0)}
@@ -141,9 +143,9 @@ def test_true_anchors_give_the_output(stack, run):
 
 def test_a_write_whose_base_is_forecast_subtracts_the_forecast(stack, run):
     graph_module = stack.graph()
-    row = Row(computed=(BLOCKS[1],), forecast=((BLOCKS[0],),), anchors=1)
-    InsertCacheWrites().apply(graph_module, row)
-    InsertCacheReads().apply(graph_module, row)
+    row = row_of(computed=(BLOCKS[1],), forecast=((BLOCKS[0],),), anchors=1)
+    InsertCacheWrites().run(graph_module, row)
+    InsertCacheReads().run(graph_module, row)
     x, t, r0 = torch.randn(3, 7, 8), torch.rand(3), torch.randn(3, 7, 8)
     values = stack.values(x, t) | {anchor_name(BLOCKS[0], 0, 0): r0, "coefficients": torch.ones(1, 3, 1)}
     output, write = run(graph_module, **values)
@@ -156,7 +158,7 @@ def test_a_write_whose_base_is_forecast_subtracts_the_forecast(stack, run):
 def test_coefficients_are_one_vector_a_sample(build, run):
     values = examples()
     graph_module = build(residual, **values)
-    InsertCacheReads().apply(graph_module, Row(forecast=((Site("h", "value", (Port("add_tensor"),)),),), anchors=1))
+    InsertCacheReads().run(graph_module, row_of(forecast=((Site("h", "value", (Port("add_tensor"),)),),), anchors=1))
     anchor = torch.randn(2, 3)
     (output,) = run(graph_module, **values, anchor_h_0_0=anchor, coefficients=torch.tensor([[[1.0], [-2.0]]]))
     torch.testing.assert_close(output, aten.gelu.default(anchor * torch.tensor([[1.0], [-2.0]])))
@@ -167,7 +169,7 @@ def test_a_value_without_the_batch_uses_the_first_sample(build, run):
         return (aten.add.Tensor(x, aten.sum.default(aten.neg.default(table))),)
 
     graph_module = build(shared, x=torch.ones(2, 3), table=torch.ones(5, 4))
-    InsertCacheReads().apply(graph_module, Row(forecast=((Site("n", "value", (Port("neg_default"),)),),), anchors=1))
+    InsertCacheReads().run(graph_module, row_of(forecast=((Site("n", "value", (Port("neg_default"),)),),), anchors=1))
     x, anchor = torch.randn(2, 3), torch.randn(5, 4)
     coefficients = torch.tensor([[[3.0], [7.0]]])
     (output,) = run(graph_module, x=x, table=anchor, anchor_n_0_0=anchor, coefficients=coefficients)
@@ -178,7 +180,7 @@ def test_forecast_output_is_read_too(build, run):
     values = examples()
     graph_module = build(residual, **values)
     site = Site("output", "output", (Port("gelu_default"),))
-    InsertCacheReads().apply(graph_module, Row(forecast=((site,),), anchors=1))
+    InsertCacheReads().run(graph_module, row_of(forecast=((site,),), anchors=1))
     anchor = torch.randn(2, 3)
     (output,) = run(graph_module, **values, anchor_output_0_0=anchor, coefficients=torch.ones(1, 2, 1))
     assert torch.equal(output, anchor)

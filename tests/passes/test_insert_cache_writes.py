@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from dcc.errors import PassError
-from dcc.passes.base import Port, Row, Site, write_name
+from dcc.passes.base import Port, Site
 from dcc.passes.graph import output_node
 from dcc.passes.insert_cache_writes import InsertCacheWrites
 from dcc.passes.text import text
 from dcc.passes.verify import verify
+
+from ..rows import row_of, write_name
 
 aten = torch.ops.aten
 RESIDUAL = Site("h", "residual", (Port("add_tensor", "x"),))
@@ -34,7 +36,7 @@ def test_fires(build):
         "%4 = aten.gelu.default(%3)  # f32[2, 3]\n"
         "return (%4,)\n"
     )
-    assert InsertCacheWrites().apply(graph_module, Row(computed=(RESIDUAL,))) == 1
+    assert InsertCacheWrites().run(graph_module, row_of(computed=(RESIDUAL,))) == 1
     assert text(graph_module) == (
         "%0 = input x  # f32[2, 3]\n"
         "%1 = input w  # f32[3, 3]\n"
@@ -51,7 +53,7 @@ def test_fires(build):
 def test_writes_are_named_by_site_and_port(build):
     two = Site("blocks.0/attn", "value", (Port("linear_default"), Port("add_tensor", "x")))
     graph_module = build(residual, **examples())
-    assert InsertCacheWrites().apply(graph_module, Row(computed=(two,))) == 2
+    assert InsertCacheWrites().run(graph_module, row_of(computed=(two,))) == 2
     names = [node.name for node in output_node(graph_module).args[0]]
     assert names == ["gelu_default", "write_blocks_0_attn_0", "write_blocks_0_attn_1"]
     assert names[1:] == [write_name(two, 0), write_name(two, 1)]
@@ -60,7 +62,7 @@ def test_writes_are_named_by_site_and_port(build):
 def test_leaves_a_row_that_computes_nothing_alone(build):
     graph_module = build(residual, **examples())
     before = text(graph_module)
-    assert InsertCacheWrites().apply(graph_module, Row(forecast=((RESIDUAL,),))) == 0
+    assert InsertCacheWrites().run(graph_module, row_of(forecast=((RESIDUAL,),))) == 0
     assert text(graph_module) == before
 
 
@@ -68,7 +70,7 @@ def test_leaves_a_row_that_computes_nothing_alone(build):
 def test_refuses_a_site_that_is_not_in_the_graph(build, port):
     graph_module = build(residual, **examples())
     with pytest.raises(PassError, match=r"insert_cache_writes.*nowhere"):
-        InsertCacheWrites().apply(graph_module, Row(computed=(Site("h", "value", (port,)),)))
+        InsertCacheWrites().run(graph_module, row_of(computed=(Site("h", "value", (port,)),)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -76,7 +78,7 @@ def test_residual_write_is_out_minus_base(build, run, dtype):
     values = examples(dtype)
     expected = residual(**values)[0]
     graph_module = build(residual, **values)
-    InsertCacheWrites().apply(graph_module, Row(computed=(RESIDUAL,)))
+    InsertCacheWrites().run(graph_module, row_of(computed=(RESIDUAL,)))
     output, write = run(graph_module, **values)
     out = values["x"] + values["x"] @ values["w"].T
     assert torch.equal(output, expected)
@@ -87,7 +89,7 @@ def test_residual_write_is_out_minus_base(build, run, dtype):
 def test_value_write_is_the_value(build, run):
     values = examples()
     graph_module = build(residual, **values)
-    InsertCacheWrites().apply(graph_module, Row(computed=(VALUE,)))
+    InsertCacheWrites().run(graph_module, row_of(computed=(VALUE,)))
     _, write = run(graph_module, **values)
     assert torch.equal(write, aten.add.Tensor(values["x"], aten.linear.default(values["x"], values["w"])))
 
@@ -95,7 +97,7 @@ def test_value_write_is_the_value(build, run):
 def test_write_of_the_output_is_a_copy(build, run):
     values = examples()
     graph_module = build(residual, **values)
-    InsertCacheWrites().apply(graph_module, Row(computed=(Site("output", "output", (Port("gelu_default"),)),)))
+    InsertCacheWrites().run(graph_module, row_of(computed=(Site("output", "output", (Port("gelu_default"),)),)))
     output, write = run(graph_module, **values)
     assert torch.equal(output, write)
     assert output.untyped_storage().data_ptr() != write.untyped_storage().data_ptr()
@@ -104,7 +106,7 @@ def test_write_of_the_output_is_a_copy(build, run):
 def test_write_of_an_input_is_a_copy(build, run):
     values = examples()
     graph_module = build(residual, **values)
-    InsertCacheWrites().apply(graph_module, Row(computed=(Site("x", "value", (Port("x"),)),)))
+    InsertCacheWrites().run(graph_module, row_of(computed=(Site("x", "value", (Port("x"),)),)))
     _, write = run(graph_module, **values)
     assert torch.equal(write, values["x"])
     assert write.untyped_storage().data_ptr() != values["x"].untyped_storage().data_ptr()
@@ -118,7 +120,7 @@ def test_write_of_a_view_is_dense_and_keeps_no_larger_storage(build, run):
 
     x = torch.randn(6, 5)
     graph_module = build(sliced, x=x)
-    InsertCacheWrites().apply(graph_module, Row(computed=(Site("part", "value", (Port("slice_tensor"),)),)))
+    InsertCacheWrites().run(graph_module, row_of(computed=(Site("part", "value", (Port("slice_tensor"),)),)))
     _, write = run(graph_module, x=x)
     assert torch.equal(write, -x.T[:2])
     assert write.is_contiguous()
@@ -128,7 +130,7 @@ def test_write_of_a_view_is_dense_and_keeps_no_larger_storage(build, run):
 def test_base_may_be_another_written_site(stack, run):
     sites = (Site("blocks.0", "residual", (Port("add", "x"),)), Site("blocks.1", "residual", (Port("add_1", "add"),)))
     graph_module = stack.graph()
-    assert InsertCacheWrites().apply(graph_module, Row(computed=sites)) == 2
+    assert InsertCacheWrites().run(graph_module, row_of(computed=sites)) == 2
     x, t = torch.randn(3, 7, 8), torch.rand(3)
     output, first, second = run(graph_module, **stack.values(x, t))
     h = stack.module.blocks[0](x, t[:, None, None])

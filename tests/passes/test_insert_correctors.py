@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from dcc.errors import PassError
-from dcc.passes.base import Correction, Port, Row, Site
+from dcc.passes.base import Correction, Port, Site
 from dcc.passes.insert_cache_reads import InsertCacheReads
 from dcc.passes.insert_cache_writes import InsertCacheWrites
 from dcc.passes.insert_correctors import InsertCorrectors
 from dcc.passes.text import text
 from dcc.variants.observe import Observer
+
+from ..rows import factor_names, row_of
 
 aten = torch.ops.aten
 LOW_RANK = Correction("h", 0, "x", ((2, 6), (4, 2)), weight="w")
@@ -26,12 +28,12 @@ def examples():
 
 
 def factors(correction):
-    return {name: torch.randn(size) for name, size in zip(correction.inputs, correction.shapes, strict=True)}
+    return {name: torch.randn(size) for name, size in zip(factor_names(correction), correction.shapes, strict=True)}
 
 
 def test_fires(build):
     graph_module = build(layer, **examples())
-    assert InsertCorrectors().apply(graph_module, Row(corrections=(LOW_RANK,))) == 1
+    assert InsertCorrectors().run(graph_module, row_of(corrections=(LOW_RANK,))) == 1
     assert text(graph_module) == (
         "%0 = input x  # f32[2, 5, 6]\n"
         "%1 = input w  # f32[4, 6]\n"
@@ -48,7 +50,7 @@ def test_fires(build):
 def test_a_row_without_corrections_is_left_alone(build):
     graph_module = build(layer, **examples())
     before = text(graph_module)
-    assert InsertCorrectors().apply(graph_module, Row(computed=(Site("h", "linear", (Port("linear_default"),)),))) == 0
+    assert InsertCorrectors().run(graph_module, row_of(computed=(Site("h", "linear", (Port("linear_default"),)),))) == 0
     assert text(graph_module) == before
 
 
@@ -61,7 +63,7 @@ def test_a_row_without_corrections_is_left_alone(build):
 )
 def test_refuses(build, correction, message):
     with pytest.raises(PassError, match=message):
-        InsertCorrectors().apply(build(layer, **examples()), Row(corrections=(correction,)))
+        InsertCorrectors().run(build(layer, **examples()), row_of(corrections=(correction,)))
 
 
 @pytest.mark.parametrize("correction", [LOW_RANK, LINEAR], ids=["low rank", "linear"])
@@ -69,13 +71,13 @@ def test_what_changed_since_the_anchor_goes_through_the_map(build, run, correcti
     """Written at one x and forecast at another: y_c + map(x) - map(x_c)."""
     old, made = examples(), factors(correction)
     writing = build(layer, **old)
-    Observer().run_all(writing, Row(computed=(SITE,), corrections=(correction,)), "full")
+    Observer().run_all(writing, row_of(computed=(SITE,), corrections=(correction,)), "full")
     output, anchor = run(writing, **old, **made)
     torch.testing.assert_close(output, aten.gelu.default(old["x"] @ old["w"].T))
 
     new = {**old, "x": torch.randn(2, 5, 6)}
     reading = build(layer, **old)
-    Observer().run_all(reading, Row(forecast=((SITE,),), corrections=(correction,)), "forecast")
+    Observer().run_all(reading, row_of(forecast=((SITE,),), corrections=(correction,)), "forecast")
     (forecast,) = run(reading, **new, **made, anchor_h_0_0=anchor, coefficients=torch.ones(1, 2, 1))
     first, second = made.values()
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from dcc.kernels import combine
-from dcc.passes.base import Port, Row, Site
+from dcc.passes.base import Port, Site
 from dcc.passes.insert_cache_reads import InsertCacheReads
 from dcc.passes.insert_forecasts import InsertForecasts, is_cache_read
 from dcc.passes.text import text
 from dcc.passes.verify import verify
+
+from ..rows import row_of
 
 aten = torch.ops.aten
 
@@ -22,13 +24,13 @@ NEG = Site("n", "value", (Port("neg_default"),))
 
 def with_reads(build, x, sites=(NEG,), anchors=2):
     graph_module = build(negated, x=x)
-    InsertCacheReads().apply(graph_module, Row(forecast=(sites,), anchors=anchors))
+    InsertCacheReads().run(graph_module, row_of(forecast=(sites,), anchors=anchors))
     return graph_module
 
 
 def test_fires(build):
     graph_module = with_reads(build, torch.ones(2, 3))
-    assert InsertForecasts().apply(graph_module, Row()) == 1
+    assert InsertForecasts().run(graph_module, row_of()) == 1
     assert text(graph_module) == (
         "%0 = input x  # f32[2, 3]\n"
         "%1 = input coefficients  # f32[1, 2, 2]\n"
@@ -51,7 +53,7 @@ def test_fires(build):
 
 def test_fires_in_bfloat16_with_float32_sums(build, golden):
     graph_module = with_reads(build, torch.ones(2, 3, 4, dtype=torch.bfloat16))
-    assert InsertForecasts().apply(graph_module, Row()) == 1
+    assert InsertForecasts().run(graph_module, row_of()) == 1
     golden(text(graph_module))
 
 
@@ -60,15 +62,15 @@ def test_fires_on_a_value_without_the_batch(build, golden):
         return (aten.add.Tensor(x, aten.sum.default(aten.neg.default(table))),)
 
     graph_module = build(shared, x=torch.ones(2, 3), table=torch.ones(5, 4))
-    InsertCacheReads().apply(graph_module, Row(forecast=((NEG,),), anchors=1))
-    assert InsertForecasts().apply(graph_module, Row()) == 1
+    InsertCacheReads().run(graph_module, row_of(forecast=((NEG,),), anchors=1))
+    assert InsertForecasts().run(graph_module, row_of()) == 1
     golden(text(graph_module))
 
 
 def test_leaves_other_calls_alone(build):
     graph_module = build(negated, x=torch.ones(2, 3))
     before = text(graph_module)
-    assert InsertForecasts().apply(graph_module, Row(anchors=2)) == 0
+    assert InsertForecasts().run(graph_module, row_of(anchors=2)) == 0
     assert text(graph_module) == before
 
 
@@ -76,7 +78,7 @@ def test_spells_out_every_read(build):
     sites = (NEG, Site("e", "value", (Port("exp_default"),)))
     graph_module = with_reads(build, torch.ones(2, 3), sites, anchors=3)
     assert sum(map(is_cache_read, graph_module.graph.nodes)) == 2
-    assert InsertForecasts().apply(graph_module, Row()) == 2
+    assert InsertForecasts().run(graph_module, row_of()) == 2
     assert not any(map(is_cache_read, graph_module.graph.nodes))
 
 
@@ -89,7 +91,7 @@ def test_numbers_agree_with_the_reference(build, run, dtype, anchors):
     graph_module = with_reads(build, x, anchors=anchors)
     values = {f"anchor_n_0_{age}": anchor for age, anchor in enumerate(past)}
     (eager,) = run(graph_module, x=x, coefficients=coefficients, **values)
-    InsertForecasts().apply(graph_module, Row())
+    InsertForecasts().run(graph_module, row_of())
     (spelled,) = run(graph_module, x=x, coefficients=coefficients, **values)
     assert torch.equal(spelled, eager)
     assert torch.equal(spelled, combine.reference(coefficients, 0, past, True).exp())
@@ -98,7 +100,7 @@ def test_numbers_agree_with_the_reference(build, run, dtype, anchors):
 def test_bfloat16_accumulates_in_float32(build, run):
     x = torch.zeros(1, 1, dtype=torch.bfloat16)
     graph_module = with_reads(build, x)
-    InsertForecasts().apply(graph_module, Row())
+    InsertForecasts().run(graph_module, row_of())
     new, old = torch.full_like(x, 1.0078125), torch.ones_like(x)  # neighbours in bfloat16
     coefficients = torch.tensor([[[100.5, -100.5]]])  # 100.5 * 1.0078125 needs more than 8 bits
     (output,) = run(graph_module, x=x, coefficients=coefficients, anchor_n_0_0=new, anchor_n_0_1=old)
@@ -111,7 +113,7 @@ def test_bfloat16_accumulates_in_float32(build, run):
 def test_every_sample_has_its_own_coefficients(build, run):
     x = torch.randn(2, 3)
     graph_module = with_reads(build, x)
-    InsertForecasts().apply(graph_module, Row())
+    InsertForecasts().run(graph_module, row_of())
     new, old = torch.randn(2, 3), torch.randn(2, 3)
     coefficients = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     (output,) = run(graph_module, x=x, coefficients=coefficients, anchor_n_0_0=new, anchor_n_0_1=old)
@@ -121,8 +123,8 @@ def test_every_sample_has_its_own_coefficients(build, run):
 def test_batch_stays_symbolic(stack, run):
     graph_module = stack.graph()
     site = Site("stack", "residual", (Port("add_1", "x"),))
-    InsertCacheReads().apply(graph_module, Row(forecast=((site,),), anchors=1))
-    InsertForecasts().apply(graph_module, Row())
+    InsertCacheReads().run(graph_module, row_of(forecast=((site,),), anchors=1))
+    InsertForecasts().run(graph_module, row_of())
     for batch, length in ((3, 4), (5, 1)):
         x, past, scale = torch.randn(batch, length, 8), torch.randn(batch, length, 8), torch.randn(batch)
         values = stack.values(x, torch.rand(batch)) | {"anchor_stack_0_0": past, "coefficients": scale.view(1, -1, 1)}

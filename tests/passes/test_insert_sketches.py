@@ -6,8 +6,8 @@ import torch
 from dcc.errors import PassError
 from dcc.kernels import sketch
 from dcc.passes import PASSES, insert_sketches
-from dcc.passes.base import Port, Row, Site
-from dcc.passes.insert_sketches import InsertSketches, groups
+from dcc.passes.base import Port, Site
+from dcc.passes.insert_sketches import InsertSketches, Sketches, groups
 from dcc.passes.text import text
 from dcc.passes.verify import verify
 
@@ -27,7 +27,7 @@ def examples(dtype=torch.float32):
 
 def test_fires(build):
     graph_module = build(residual, **examples())
-    assert InsertSketches("x").apply(graph_module, Row(computed=(RESIDUAL,))) == 2
+    assert InsertSketches().apply(graph_module, Sketches((RESIDUAL,), "x")) == 2
     assert text(graph_module) == (
         "%0 = input x  # f32[2, 3]\n"
         "%1 = input w  # f32[3, 3]\n"
@@ -55,13 +55,13 @@ def test_large_values_do_not_wait_for_each_other(build, monkeypatch):
     assert groups(graph_module, sites) == [["x", "add_tensor"], ["gelu_default"]]
     monkeypatch.setattr(insert_sketches, "TOGETHER", 1)
     assert groups(graph_module, sites) == [["x"], ["add_tensor"], ["gelu_default"]]
-    assert InsertSketches("x").apply(graph_module, Row(computed=tuple(sites))) == 6
+    assert InsertSketches().apply(graph_module, Sketches(tuple(sites), "x")) == 6
 
 
 def test_leaves_a_row_without_sites_alone(build):
     graph_module = build(residual, **examples())
     before = text(graph_module)
-    assert InsertSketches("x").apply(graph_module, Row()) == 0
+    assert InsertSketches().apply(graph_module, Sketches((), "x")) == 0
     assert text(graph_module) == before
 
 
@@ -69,13 +69,13 @@ def test_leaves_a_row_without_sites_alone(build):
 def test_refuses_a_site_that_is_not_in_the_graph(build, port):
     graph_module = build(residual, **examples())
     with pytest.raises(PassError, match=r"insert_sketches.*nowhere"):
-        InsertSketches("x").apply(graph_module, Row(computed=(Site("h", "value", (port,)),)))
+        InsertSketches().apply(graph_module, Sketches((Site("h", "value", (port,)),), "x"))
 
 
 def test_refuses_a_sample_that_is_not_in_the_graph(build):
     graph_module = build(residual, **examples())
     with pytest.raises(PassError, match=r"insert_sketches.*nowhere"):
-        InsertSketches("nowhere").apply(graph_module, Row(computed=(RESIDUAL,)))
+        InsertSketches().apply(graph_module, Sketches((RESIDUAL,), "nowhere"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -83,7 +83,7 @@ def test_numbers_agree_with_eager(build, run, dtype):
     values = examples(dtype)
     expected = residual(**values)[0]
     graph_module = build(residual, **values)
-    InsertSketches("x").apply(graph_module, Row(computed=(RESIDUAL, OUTPUT)))
+    InsertSketches().apply(graph_module, Sketches((RESIDUAL, OUTPUT), "x"))
     output, sketches, chosen = run(graph_module, **values)
     stacked = torch.stack([values["x"], values["x"] + values["x"] @ values["w"].T, expected])
     assert torch.equal(output, expected)
@@ -97,7 +97,7 @@ def test_sketches_follow_other_shapes_than_the_captured(transformer, run):
     names = [node.name for node in graph_module.graph.nodes if node.target is aten.add.Tensor]
     site = Site("sum", "value", (Port(names[-1]),))
     before = len(run(transformer.graph(), **transformer.values()))
-    InsertSketches(transformer.captured.inputs["x"]).apply(graph_module, Row(computed=(site,)))
+    InsertSketches().apply(graph_module, Sketches((site,), transformer.captured.inputs["x"]))
     x, t = torch.randn(3, 9, 4), torch.rand(3)
     outputs = run(graph_module, **transformer.values(x, t))
     assert torch.equal(outputs[0], transformer.module(x, t))

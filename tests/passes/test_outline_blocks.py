@@ -7,11 +7,12 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dcc.capture.export import capture
-from dcc.lower.program import Variant, lower
+from dcc.lower.program import lower
 from dcc.passes.graph import insert_call, nodes_by_name, output_node
 from dcc.passes.outline_blocks import outline_blocks, twins
 from dcc.passes.specialize import specialize
 from dcc.record.call import bind
+from dcc.variants.variant import Variant
 
 aten = torch.ops.aten
 
@@ -66,8 +67,7 @@ def fixed(module, shape=(2, 5, 8)):
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with mode:
         graph_module = specialize(captured.graph_module, [mode.from_tensor(v, static_shapes=True) for v in values])
-    names = tuple(node.name for node in captured.graph_module.graph.nodes if node.op == "placeholder")
-    return graph_module, Variant("full", captured.graph_module, names, 1), values
+    return graph_module, Variant("full", captured.graph_module, 1), values
 
 
 def calls(graph_module):

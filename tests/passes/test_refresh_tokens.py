@@ -7,7 +7,7 @@ import torch
 
 from dcc.errors import PassError
 from dcc.kernels import select_tokens as tokens
-from dcc.passes.base import Port, Refresh, Row, Site, anchor_name
+from dcc.passes.base import Port, Refresh, Site
 from dcc.passes.drop_dead_nodes import DropDeadNodes
 from dcc.passes.graph import nodes_by_name, output_node
 from dcc.passes.insert_cache_reads import InsertCacheReads
@@ -17,6 +17,8 @@ from dcc.passes.refresh_tokens import RefreshTokens
 from dcc.passes.text import text
 from dcc.passes.token_wise import residual_ends, token_region
 from dcc.passes.verify import verify
+
+from ..rows import anchor_name, row_of
 
 aten = torch.ops.aten
 SITE = Site("h", "mlp", (Port("linear_default"),))
@@ -38,7 +40,7 @@ def examples():
 
 def row(refresh, anchors=1):
     full = refresh.decision == 1
-    return Row(
+    return row_of(
         computed=(refresh.site,) if full else (),
         forecast=() if full else ((refresh.site,),),
         anchors=anchors,
@@ -48,7 +50,7 @@ def row(refresh, anchors=1):
 
 def rewritten(graph_module, refresh, anchors=1):
     for rewrite in (InsertCacheWrites(), RefreshTokens(), InsertCacheReads(), InsertForecasts(), DropDeadNodes()):
-        rewrite.apply(graph_module, row(refresh, anchors))
+        rewrite.run(graph_module, row(refresh, anchors))
         verify(graph_module, rewrite.name)
     return graph_module
 
@@ -70,7 +72,7 @@ def state(value, refresh=RANDOM, anchor=None):
 
 def test_fires(build):
     graph_module = build(residual, **examples())
-    assert RefreshTokens().apply(graph_module, row(RANDOM)) == 1
+    assert RefreshTokens().run(graph_module, row(RANDOM)) == 1
     assert text(graph_module) == (
         "%0 = input x  # f32[2, 8, 3]\n"
         "%1 = input w  # f32[3, 3]\n"
@@ -235,13 +237,13 @@ def test_refuses_what_is_not_in_the_graph(build, part):
         "ends": {"ends": frozenset({"nowhere"})},
     }[part]
     with pytest.raises(PassError, match=r"refresh_tokens.*nowhere"):
-        RefreshTokens().apply(build(residual, **examples()), row(dataclasses.replace(RANDOM, **other)))
+        RefreshTokens().run(build(residual, **examples()), row(dataclasses.replace(RANDOM, **other)))
 
 
 def test_leaves_a_row_without_tokens_alone(build):
     graph_module = build(residual, **examples())
     before = text(graph_module)
-    assert RefreshTokens().apply(graph_module, Row(forecast=((SITE,),))) == 0
+    assert RefreshTokens().run(graph_module, row_of(forecast=((SITE,),))) == 0
     assert text(graph_module) == before
 
 

@@ -1,33 +1,80 @@
-"""Coalescing: sites whose forecasts share their coefficients become one where they follow each other on a stream.
+"""Sites whose forecasts share their coefficients become one where they follow each other on a residual stream.
 
     x1 = x0 + r1; x2 = x1 + r2, both forecast by sum_j c_j    -->    x2 = x0 + sum_j c_j (R1 + R2)_j
 
-Forecasts commute with sums (DESIGN contract 4), so one tensor a stream is kept instead of one a block or branch: memory
-is O(J), not O(J * sites). Exact up to float rounding. What lies between a branch and its sum, a gate above all, changes
-from step to step, and such a branch stays as it is.
+Forecasts commute with sums, so one tensor per stream is kept instead of one per block or branch: memory is O(J), not
+O(J * sites). Exact up to float rounding. What lies between a branch and its sum, a gate above all, changes from step to
+step, and such a branch stays as it is. Rewrites which sites are cached, before any row is made; the graph is only read.
+Refuses nothing: sites that cannot be joined stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import networkx as nx
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
-from dcc.discover.sites import Sites
-from dcc.passes.base import GUIDANCE, Port, Site
+from dcc.passes.base import GUIDANCE, SITES, Order, Pass, Port, Site
 from dcc.passes.costs import Cost
 from dcc.passes.dataflow import OUTPUT, Dataflow
 from dcc.passes.graph import nodes_by_name, same_shape
 
 
-def coalesced(group: Sequence[Site], sites: Sites, others: Iterable[Site] = ()) -> tuple[Site, ...]:
+class Facts(Protocol):
+    """What is known of the captured graph (dcc.discover.sites.Sites)."""
+
+    flops: int
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """The captured graph."""
+        ...
+
+    @property
+    def costs(self) -> dict[str, Cost]:
+        """The cost of every node."""
+        ...
+
+    @property
+    def flow(self) -> Dataflow:
+        """The graph's data flow."""
+        ...
+
+
+@dataclass
+class Selected(Order):
+    """The sites of each selector, which the pass rewrites; `joins` says of which selectors sites may be joined."""
+
+    groups: list[tuple[Site, ...]]
+    joins: tuple[bool, ...]
+    facts: Facts
+
+
+class CoalesceForecasts(Pass):
+    """Keeps one tensor where several would be forecast with the same coefficients and summed."""
+
+    name: ClassVar[str] = "coalesce_forecasts"
+    stage: ClassVar[str] = SITES
+    takes = Selected
+
+    def apply(self, graph_module: GraphModule, order: Selected) -> int:
+        before, given = sum(map(len, order.groups)), list(order.groups)
+        for k, group in enumerate(given):
+            if order.joins[k]:
+                others = [site for other in given if other is not group for site in other]
+                order.groups[k] = coalesced(group, order.facts, others)
+        return before - sum(map(len, order.groups))
+
+
+def coalesced(group: Sequence[Site], sites: Facts, others: Iterable[Site] = ()) -> tuple[Site, ...]:
     """The sites of one selector, with those that follow each other joined; `others` are sites of other selectors."""
     if len(group) < 2 or any(site.kind == GUIDANCE for site in group):
         return tuple(group)
-    flow, nodes = sites.flow, nodes_by_name(sites.captured.graph_module)
+    flow, nodes = sites.flow, nodes_by_name(sites.graph_module)
     ports = {(site.name, port): port for site in group for port in site.ports}
     alive = flow.needed(ports.values())
     kept = {name for site in others for port in site.ports for name in (port.out, port.base)} | {OUTPUT}

@@ -13,8 +13,8 @@ import dcc
 from dcc.capture.export import capture
 from dcc.discover.sites import find_sites
 from dcc.passes.base import GUIDANCE, Port, Site
+from dcc.passes.coalesce_forecasts import coalesced
 from dcc.record.call import bind
-from dcc.variants.coalesce import coalesced
 
 STEPS = 7
 
@@ -137,7 +137,7 @@ def test_random_plans_give_the_same_samples(kinds: dict[str, bool], site: str, m
         policy = {"policy": "taylorseer", "steps_mask": mask, "order": draw.randint(1, 2), "site": site}
         joined = dcc.compile(module, [0], sample=sample, backend="eager", **policy)
         with monkeypatch.context() as patch:
-            patch.setattr("dcc.variants.build.coalesced", lambda group, *_: tuple(group))
+            patch.setattr("dcc.passes.coalesce_forecasts.coalesced", lambda group, *_: tuple(group))
             apart = dcc.compile(module, [0], sample=sample, backend="eager", **policy)
             expected = sample(apart, 3)
         assert torch.allclose(sample(joined, 3), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,48 @@
+"""True values of one site in one uncached run, for policies that look at features themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dcc.discover.subject import Subject
+from dcc.passes.base import Row
+from dcc.passes.insert_cache_writes import Writes
+from dcc.passes.values import Write
+from dcc.record.call import bind
+from dcc.record.seam import DenoiserProxy
+from dcc.record.target import installed
+from dcc.serve.binding import Binding, Tables
+from dcc.variants.observe import Observer
+from dcc.variants.variant import variant
+
+
+def recorded_values(subject: Subject, site: str, prompt: Any, seed: int) -> Tensor:
+    """Values [steps, batch, ...] of a site's largest port, on the CPU, in the uncached run of one prompt and seed."""
+    net = _ValueRecorder(subject, site)
+    with installed(subject.target, net):
+        subject.target.generate([prompt], [seed])
+    return torch.stack(net.values)
+
+
+class _ValueRecorder(DenoiserProxy):
+    """Runs the denoiser as it is and keeps the values of one site."""
+
+    def __init__(self, subject: Subject, name: str) -> None:
+        super().__init__(subject.module)
+        (site,) = subject.sites.select(name)[:1]
+        port = max(range(len(site.ports)), key=lambda index: subject.sites.costs[site.ports[index].out].bytes)
+        self.subject, self.tables, self.values = subject, Tables(), []
+        self.variant = variant(subject.captured, Row((Writes((site,)),)), "values", Observer())
+        self.place = self.variant.outputs + self.variant.gives.index(Write(site.name, port))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        captured = self.subject.captured
+        call = bind(self.original, args, kwargs, self.subject.run.as_tensors)
+        binding = Binding(self.tables, captured, call, step=len(self.values))
+        outputs = self.variant.graph_module(*binding.of(self.variant.takes))
+        self.values.append(outputs[self.place].detach().cpu())
+        return pytree.tree_unflatten(outputs[: self.variant.outputs], captured.out_spec)
