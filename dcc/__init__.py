@@ -11,7 +11,7 @@ if _bare is not None and _bare.origin == str(Path(__file__).resolve().parent.par
     sys.modules["kernels"] = None  # type: ignore[assignment]
 
 from dcc import demo, errors  # noqa: E402
-from dcc.compiler import compile, plan, restore, sites  # noqa: E402
+from dcc.compiler import compile, compiled, disabled, plan, restore, sites, summary  # noqa: E402
 from dcc.measure.calibrate import calibrate  # noqa: E402
 from dcc.measure.profile import Profile  # noqa: E402
 from dcc.plans.plan import Plan  # noqa: E402
@@ -24,11 +24,14 @@ __all__ = [
     "Profile",
     "calibrate",
     "compile",
+    "compiled",
     "demo",
+    "disabled",
     "errors",
     "evaluate",
     "plan",
     "restore",
     "sites",
+    "summary",
 ]
 __version__ = "0.6.0"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ from torch import nn
 from dcc.capture.export import capture
 from dcc.discover.sites import Sites, find_sites
 from dcc.discover.subject import Subject
-from dcc.errors import PlanError, PolicyError
+from dcc.errors import PipelineError, PlanError, PolicyError
 from dcc.lower.program import check_backend, start_inductor
 from dcc.measure.profile import Profile
 from dcc.plans import mapping
 from dcc.plans.plan import Plan
 from dcc.policies import POLICIES, make_policy, parameter_names
 from dcc.policies.setting import plan_for, setting_of
+from dcc.record.seam import disabled as plain
+from dcc.record.seam import handler_of
 from dcc.record.target import (
     call_parameters,
     check_prompts,
@@ -30,6 +33,7 @@ from dcc.record.target import (
 from dcc.search.budget import DEFAULT_EFFORT, Candidates, budget_of, plan_within
 from dcc.serve.denoiser import CompiledDenoiser
 from dcc.serve.guard import Guard
+from dcc.serve.summary import Summary
 from dcc.variants.cost import cost
 
 
@@ -57,8 +61,8 @@ def compile(
     """Compiles the denoiser of a diffusers pipeline, or a bare denoiser, with feature caching.
 
     Args:
-        model: a DiffusionPipeline (returned itself, its denoiser replaced), or an nn.Module (a CompiledDenoiser is
-            returned).
+        model: a DiffusionPipeline or an nn.Module; returned itself. The denoiser is compiled in place: it stays the
+            object and class that it was.
         calib_prompts: prompts like those to be served. A policy or a plan needs one, a budget at least four, of which
             a fifth (two or more) are held back for the quality that the plan reports.
         speedup: search the best plan with at least this ratio of denoiser FLOPs over a whole run, uncached to cached.
@@ -146,8 +150,34 @@ def check_plan(plan: Plan, subject: Subject) -> None:
 
 
 def restore(model: Any) -> Any:
-    """The original denoiser back: returns the pipeline, or the original module of a compiled one."""
+    """Undoes `compile` on a pipeline or module, and returns it."""
     return restore_target(model)
+
+
+def compiled(model: Any) -> CompiledDenoiser:
+    """What runs in the place of a compiled pipeline's denoiser or of a compiled module.
+
+    Raises PipelineError where `model` is not compiled.
+    """
+    handler = model if isinstance(model, CompiledDenoiser) else handler_of(denoiser_of(model))
+    if not isinstance(handler, CompiledDenoiser):
+        raise PipelineError(f"this {type(model).__name__} is not compiled by dcc; call dcc.compile first")
+    return handler
+
+
+def summary(model: Any) -> Summary:
+    """What a compiled pipeline or module was planned to do and has done so far; prints as a table.
+
+    Raises PipelineError where `model` is not compiled.
+    """
+    return compiled(model).summary()
+
+
+@contextlib.contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """The original denoiser runs inside, in this thread or task; `model` is a compiled pipeline or module."""
+    with plain(compiled(model).module):
+        yield
 
 
 def sites(
@@ -162,9 +192,8 @@ def sites(
     Runs the loop up to its first denoiser call, for `prompts` (default: one empty prompt). A bare module needs
     `sample`, as in `compile`; a compiled one gives the sites it was compiled with.
     """
-    compiled = denoiser_of(model)
-    if isinstance(compiled, CompiledDenoiser):
-        return compiled.subject.sites
+    if isinstance(model, CompiledDenoiser) or isinstance(handler_of(denoiser_of(model)), CompiledDenoiser):
+        return compiled(model).subject.sites
     target = make_target(model, sample, call_kwargs)
     with recording(target, only_first=True) as recorder:
         target.sample(check_prompts([""] if prompts is None else prompts, text=not isinstance(model, nn.Module))[:1])

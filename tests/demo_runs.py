@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dcc
 from dcc.discover.sites import Sites
@@ -31,7 +31,7 @@ class DemoRun:
         self.pipe = dcc.demo.load(name)
         self.expected = self.images()
         dcc.compile(self.pipe, CALIBRATION, policy="interval", interval=1, backend="eager", **self.call)
-        self.base = self.target.module
+        self.base = dcc.compiled(self.pipe)
         dcc.restore(self.pipe)
         self.sites: Sites = dcc.sites(self.base)
 
@@ -50,8 +50,8 @@ class DemoRun:
         decided = make_policy(policy, self.setting, parameters)
         return plan_for(decided, self.base.subject, policy, parameters)
 
-    def images(self, net: nn.Module | None = None, prompts: Sequence[str] = PROMPTS) -> Tensor:
-        """Images of the prompts, with `net` in the denoiser's place."""
+    def images(self, net: dcc.CompiledDenoiser | None = None, prompts: Sequence[str] = PROMPTS) -> Tensor:
+        """Images of the prompts, with `net` on the denoiser."""
         target = self.target
         if net is not None:
             target.install(net)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-import dcc
 from dcc.errors import LoweringError
 from dcc.lower import cuda_graphs
 from dcc.lower.cuda_graphs import MAX_RECORDINGS, Graphed
 from dcc.lower.program import GRAPHED, Program, check_backend
+
+from .nets import apart
 
 
 class Tape:
@@ -64,7 +65,7 @@ def sample(net, seed):
 
 def mixed(device, **parameters):
     """The compiled mixer with a forecast every third step."""
-    return dcc.compile(
+    return apart(
         Mixer().eval().requires_grad_(False).to(device),
         [0, 1],
         sample=sample,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 import dcc
 from dcc.errors import LoweringError, PipelineError, PolicyError, PromptError
 from dcc.lower.program import lower
-from dcc.plans.plan import Plan
 from dcc.report.evaluate import named
 from dcc.serve.denoiser import CompiledDenoiser
 
 from .conftest import Stack
+from .nets import apart
 
 STEPS = 6
 
@@ -84,7 +85,7 @@ def test_calls_and_memory_are_counted(module: nn.Module):
 
 def test_psnr_is_that_of_the_final_samples(module: nn.Module):
     report = dcc.evaluate(module, WANTED, [1.0, 2.0], sample=loop, backend="eager", seed=7)
-    net = dcc.compile(module, [1.0], policy="interval", interval=2, sample=loop, backend="eager")
+    net = apart(module, [1.0], policy="interval", interval=2, sample=loop, backend="eager")
     for i, prompt in enumerate([1.0, 2.0]):
         samples = []
         for denoiser in (module, net):
@@ -134,11 +135,11 @@ def test_batches_measure_quality_and_single_prompts_time(pipe: Any):
 def test_a_compiled_model_is_evaluated_and_stays_compiled(pipe: Any, module: nn.Module):
     prompts = dcc.demo.prompts("test")[:1]
     dcc.compile(pipe, prompts, policy="interval", interval=2, backend="eager", **call())
-    compiled = pipe.transformer
+    compiled = dcc.compiled(pipe)
     row = dcc.evaluate(pipe, {"mine": compiled.plan}, prompts, backend="eager", **call())["mine"]
-    assert pipe.transformer is compiled and row.error is None and row.plan.schedule == compiled.plan.schedule
+    assert dcc.compiled(pipe) is compiled and row.error is None and row.plan.schedule == compiled.plan.schedule
     net = dcc.compile(module, [1.0], policy="interval", sample=loop, backend="eager")
-    assert isinstance(net, CompiledDenoiser)
+    assert net is module and isinstance(dcc.compiled(net), CompiledDenoiser)
     assert dcc.evaluate(net, [net.plan], [1.0], sample=loop, backend="eager").rows[0].error is None
 
 
@@ -164,15 +165,16 @@ def test_what_fails_is_a_row_with_its_error_and_the_others_go_on(module: nn.Modu
     other = dcc.evaluate(
         Stack().eval(), ["interval"], [1.0], sample=lambda net, p: loop(net, p)[:, :5], backend="eager"
     )
-    foreign = Plan(**{**vars(other.rows[0].plan), "model": "feedfeedfeedfeed"})
+    foreign = replace(other.rows[0].plan, model="feedfeedfeedfeed")
     calls = {"n": 0}
 
     def failing(net: nn.Module, prompt: float) -> Tensor:
-        if isinstance(net, CompiledDenoiser) and net.plan.policy == "taylorseer" and prompt == 2.0:
+        plan = dcc.compiled(net).plan
+        if plan.policy == "taylorseer" and prompt == 2.0:
             calls["n"] += 1
             raise RuntimeError("out of memory")
         sample = loop(net, prompt)
-        first_copy = isinstance(net, CompiledDenoiser) and net.plan.parameters.get("interval") == 4
+        first_copy = plan.parameters.get("interval") == 4
         return sample * math.nan if first_copy else sample
 
     wanted = {

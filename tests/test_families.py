@@ -66,6 +66,8 @@ def test_all_compute_is_the_original_bit_for_bit(case: Case, monkeypatch: pytest
     assert len(outputs) == len(expected) > 2
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
     assert not torch.equal(expected[0], expected[-1])
+    assert compiled is net
+    compiled = dcc.compiled(net)
     summary = compiled.summary()
     assert summary.captures == 1 and summary.computed == len(TIMESTEPS)
     assert [p for p in summary.problems if "saved" not in p] == []

@@ -17,6 +17,8 @@ from dcc.variants.build import build
 from dcc.variants.hoisted import prologue
 from dcc.variants.observe import Observer
 
+from .nets import apart
+
 STEPS = 4
 CHANNELS = 32
 
@@ -96,7 +98,7 @@ def module() -> nn.Module:
 
 def compiled(module: nn.Module, sample: Any = generate, **options: Any) -> dcc.CompiledDenoiser:
     options = options or {"policy": "interval", "interval": 1}
-    return dcc.compile(module, [0], sample=sample, backend="eager", **options)
+    return apart(module, [0], sample=sample, backend="eager", **options)
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:

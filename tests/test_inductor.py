@@ -13,11 +13,12 @@ from torch._dynamo.utils import counters
 
 import dcc
 from dcc.capture.export import capture
-from dcc.lower.program import lower, start_inductor
+from dcc.lower.program import Programs, lower, start_inductor
 from dcc.record.call import bind
 from dcc.variants.variant import Variant
 
 from .denoisers import CASES
+from .nets import apart
 
 STEPS = 6
 FLUX = next(case for case in CASES if case.name == "flux")
@@ -46,7 +47,7 @@ def compiled() -> tuple[dcc.CompiledDenoiser, list[int], torch.nn.Module]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch._inductor, "compile", counting)
         net = FLUX.build()
-        yield dcc.compile(net, [0], sample=sample, policy="taylorseer", interval=3, first=2), handed, net
+        yield apart(net, [0], sample=sample, policy="taylorseer", interval=3, first=2), handed, net
 
 
 @pytest.mark.slow
@@ -92,7 +93,7 @@ def test_every_variant_is_one_region_and_nothing_is_compiled_twice(compiled: Any
 @pytest.mark.slow
 def test_lowered_numbers_agree_with_the_eager_graphs(compiled: Any) -> None:
     net, _, original = compiled
-    eager = dcc.compile(original, [0], sample=sample, plan=net.plan, backend="eager")
+    eager = apart(original, [0], sample=sample, plan=net.plan, backend="eager")
     assert torch.allclose(sample(net, 3), sample(eager, 3), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(sample(net, 3), sample(original, 3), rtol=1e-3, atol=1e-4)
 
@@ -110,11 +111,11 @@ def test_a_new_shape_is_lowered_once_and_not_captured_again(compiled: Any) -> No
 
 
 def test_each_variant_is_one_graph_for_dynamo_too() -> None:
-    net = dcc.compile(FLUX.build(), [0], sample=sample, policy="interval", interval=2, backend="eager")
+    net = apart(FLUX.build(), [0], sample=sample, policy="interval", interval=2, backend="eager")
     seen: list[tuple[Variant, list[torch.Tensor]]] = []
-    program = type(net).program
+    program = Programs.of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(net), "program", lambda s, v, c, i: seen.append((v, list(i))) or program(s, v, c, i))
+        patch.setattr(Programs, "of", lambda s, v, c, i: seen.append((v, list(i))) or program(s, v, c, i))
         sample(net, 0)
     for variant, inputs in {variant.name: (variant, inputs) for variant, inputs in seen}.values():
         torch._dynamo.reset()
@@ -135,7 +136,7 @@ def test_a_prompt_that_is_no_dense_tensor_is_still_one_request(monkeypatch: pyte
             kwargs["timestep"] = torch.full((2,), 1.0 - step / STEPS)
             kwargs["hidden_states"] = kwargs["hidden_states"] - net(**kwargs)[0] / STEPS
 
-    net = dcc.compile(FLUX.build(), [0], sample=run, policy="interval", interval=3)
+    net = apart(FLUX.build(), [0], sample=run, policy="interval", interval=3)
     assert not prompt.is_contiguous()
     run(net, 0)
     summary = net.summary()
@@ -175,7 +176,7 @@ def test_a_failing_lowering_falls_back_and_says_so(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_wrong_outlining_is_lowered_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dcc.lower.program.outline_blocks", lambda graph_module: (1, 2))
+    monkeypatch.setattr("dcc.lower.program.bodies", lambda graph_module: 1)
     answers = iter([1.01, 1.0])
     factors = []
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import dcc
-
 from .denoisers import CASES
+from .nets import apart
 
 STEPS = 6
 CASE = {case.name: case for case in CASES}
@@ -45,10 +44,10 @@ def held_after(net, name, steps):
 @pytest.mark.parametrize("site", ["default", "blocks"])
 def test_the_bytes_reported_are_those_held(name, site):
     module, run = CASE[name].build(), sample(name)
-    plain = dcc.compile(module, [0], sample=run, policy="interval", interval=1, backend="eager")
+    plain = apart(module, [0], sample=run, policy="interval", interval=1, backend="eager")
     base = held_after(plain, name, STEPS - 1)
     where = {} if site == "default" else {"site": site}
-    net = dcc.compile(module, [0], sample=run, policy="taylorseer", interval=3, order=1, backend="eager", **where)
+    net = apart(module, [0], sample=run, policy="taylorseer", interval=3, order=1, backend="eager", **where)
     held = held_after(net, name, STEPS - 1) - base
     assert held > 0
     assert net.summary().cache_bytes == pytest.approx(held, rel=0.05)
@@ -58,6 +57,6 @@ def test_the_bytes_reported_are_those_held(name, site):
 @pytest.mark.parametrize("name", ["flux", "unet-sd"])
 def test_default_plans_keep_at_most_four_tensors_a_stream(name):
     """Of the size of a residual stream: the site's ports, each with the plan's anchors."""
-    net = dcc.compile(CASE[name].build(), [0], sample=sample(name), policy="taylorseer", interval=3, backend="eager")
+    net = apart(CASE[name].build(), [0], sample=sample(name), policy="taylorseer", interval=3, backend="eager")
     (sites,) = net.families[0].selectors
     assert all(len(site.ports) == 1 for site in sites) and net.plan.anchors <= 4

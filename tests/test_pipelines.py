@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, FirstBlockCacheConfig
 
 import dcc
 from dcc import errors
+from dcc.record.seam import handler_of
 
 PIPELINES = {"mmdit": "transformer", "unet": "unet"}
 PROMPTS = dcc.demo.prompts("test")[:2]
@@ -31,12 +32,16 @@ def loaded(name: str) -> DiffusionPipeline:
 @pytest.fixture
 def pipe(loaded: DiffusionPipeline, name: str):
     yield loaded
-    if isinstance(getattr(loaded, PIPELINES[name]), dcc.CompiledDenoiser):
+    if handler_of(denoiser(loaded)) is not None:
         dcc.restore(loaded)
 
 
 def denoiser(pipe: DiffusionPipeline) -> Any:
     return getattr(pipe, "transformer", None) or pipe.unet
+
+
+def net_of(pipe: DiffusionPipeline) -> dcc.CompiledDenoiser:
+    return dcc.compiled(pipe)
 
 
 def settings(name: str, steps: int = 8) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def test_restore_gives_the_very_same_pipeline_back(pipe: DiffusionPipeline, name
     keys, expected = list(original.state_dict()), generate(pipe, name, PROMPTS[0])
     compiled(pipe, name, policy="interval")
     assert list(denoiser(pipe).state_dict()) == keys
-    assert denoiser(pipe) is not original
+    assert denoiser(pipe) is original and net_of(pipe).module is original
     assert dcc.restore(pipe) is pipe
     assert denoiser(pipe) is original
     assert dict(pipe.config) == config
@@ -88,7 +93,7 @@ def test_cached_images_are_near_and_the_summary_counts_every_call(pipe: Diffusio
     assert (summary.computed, summary.forecast, summary.missed) == (7, 5, 0)
     assert summary.captures == 1 and summary.sessions == 1
     assert "7 computed, 5 forecast" in str(summary)
-    assert denoiser(pipe).sessions.streams == {}
+    assert net_of(pipe).sessions.streams == {}
 
 
 def test_a_batch_needs_no_new_capture_and_equals_single_images(pipe: DiffusionPipeline, name: str) -> None:
@@ -166,7 +171,7 @@ def test_a_plan_file_gives_the_same_images_and_refuses_another_run(
     other = replace(plan, scheduler="OtherScheduler")
     with pytest.raises(errors.PlanError, match=r"the plan is for scheduler OtherScheduler, this run uses \w+"):
         compiled(pipe, name, plan=other)
-    assert not isinstance(denoiser(pipe), dcc.CompiledDenoiser)
+    assert handler_of(denoiser(pipe)) is None
 
 
 @pytest.mark.parametrize("steps", [6, 11, 16])
@@ -186,7 +191,7 @@ def test_another_step_count_is_mapped_by_noise_level_and_said_so(
 
 def test_noise_levels_far_from_the_plans_are_refused_with_the_remedy(pipe: DiffusionPipeline, name: str) -> None:
     compiled(pipe, name, policy="interval")
-    call = denoiser(pipe).recording.first.arguments()
+    call = net_of(pipe).recording.first.arguments()
     with pytest.raises(errors.PositionError, match=r"outside the plan's levels.*compile it for this run"):
         denoiser(pipe)(**{**call, "timestep": call["timestep"] * 0 - 5000.0})
 
@@ -222,9 +227,11 @@ def test_returns_what_the_original_returns(pipe: DiffusionPipeline, name: str) -
     original = denoiser(pipe)
     compiled(pipe, name, policy="interval", interval=1)
     for return_dict in (True, False):
-        arguments = {**denoiser(pipe).recording.first.arguments(), "return_dict": return_dict}
+        arguments = {**net_of(pipe).recording.first.arguments(), "return_dict": return_dict}
         with torch.no_grad():
-            expected, actual = original(**arguments), denoiser(pipe)(**arguments)
+            with dcc.disabled(pipe):
+                expected = original(**arguments)
+            actual = denoiser(pipe)(**arguments)
         assert type(actual) is type(expected)
         assert torch.equal(actual[0], expected[0])
 
@@ -299,7 +306,7 @@ def test_an_interrupted_compile_leaves_the_pipeline_usable(
         raise KeyboardInterrupt
 
     for place in (
-        "dcc.record.recorder.Recorder.forward",
+        "dcc.record.recorder.Recorder.call",
         "dcc.discover.subject.find_sites",
         "dcc.serve.denoiser.CompiledDenoiser.warm",
     ):
@@ -307,5 +314,5 @@ def test_an_interrupted_compile_leaves_the_pipeline_usable(
             patch.setattr(place, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 compiled(pipe, name, policy="interval")
-        assert denoiser(pipe) is original
+        assert denoiser(pipe) is original and handler_of(original) is None
     assert torch.equal(generate(pipe, name, PROMPTS[0]), expected)

@@ -13,6 +13,7 @@ from dcc.quality import psnr
 from dcc.report.evaluate import evaluate
 
 from . import tiny
+from .nets import apart
 
 PROMPTS = dcc.demo.prompts("calib")[:6]
 STEPS = 9
@@ -53,7 +54,7 @@ def test_it_beats_evenly_spread_extrapolation_on_other_prompts(planned: tuple[st
     dcc.compile(
         pipe, PROMPTS, policy="taylorseer", order=1, site="output", steps_mask=even, backend="eager", **settings(name)
     )
-    rival = getattr(pipe, "transformer", None) or pipe.unet
+    rival = dcc.compiled(pipe)
     prompts = dcc.demo.prompts("test")[:3]
     assert quality(name, plan, prompts) > quality(name, rival.plan, prompts) + 0.5
 
@@ -108,7 +109,7 @@ def loop(net: torch.nn.Module, label: int) -> torch.Tensor:
 
 
 def test_a_bare_module_with_labels_is_planned_too() -> None:
-    net = dcc.compile(tiny.module("dit"), list(range(5)), sample=loop, speedup=1.7, effort="fast", backend="eager")
+    net = apart(tiny.module("dit"), list(range(5)), sample=loop, speedup=1.7, effort="fast", backend="eager")
     assert net.plan.speedup >= 1.7 and net.plan.measured["prompts"] == 2
     assert "fewer_steps" not in net.plan.measured
     torch.manual_seed(11)

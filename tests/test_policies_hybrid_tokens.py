@@ -158,7 +158,7 @@ def run(request):
     def run(policy, watch=lambda net: None, steps=STEPS, **parameters):
         dcc.compile(pipe, [PROMPT], policy=policy, backend="eager", **parameters, **call)
         try:
-            net = getattr(pipe, "transformer", None) or pipe.unet
+            net = dcc.compiled(pipe)
             watch(net)
             first, again = image(steps), image(steps)
             assert torch.equal(first, again)  # no state of one generation reaches the next

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import dcc
 from dcc.policies import POLICIES
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -21,6 +22,6 @@ def test_a_new_method_takes_under_twenty_lines_and_works_when_typed_in(capsys):
     finally:
         for name in set(POLICIES) - known:
             del POLICIES[name]
-    counts = space["pipe"].transformer.sessions.counts
+    counts = dcc.compiled(space["pipe"]).sessions.counts
     assert counts.forecast > 5 and counts.computed > 2
     assert "two_blocks" in capsys.readouterr().out

@@ -164,7 +164,7 @@ def test_a_dicache_forecast_is_the_published_formula() -> None:
 def _call(net: dcc.CompiledDenoiser, kwargs: dict[str, Any]) -> Any:
     from dcc.record.call import bind
 
-    return bind(net.original, (), kwargs, net.recording.as_tensors)
+    return bind(net.module, (), kwargs, net.recording.as_tensors)
 
 
 class _Values(torch.fx.Interpreter):

@@ -17,6 +17,7 @@ from dcc.variants.build import Family, build
 from dcc.variants.observe import Observer
 
 from .denoisers import CASES, Case
+from .nets import apart
 
 LEVELS = (900, 800, 700, 500, 400, 300, 100)  # uneven, so that no two forecasts see the same spacing of noise
 STEPS = len(LEVELS)
@@ -106,7 +107,7 @@ def plan(
 def base(model: str) -> dcc.CompiledDenoiser:
     """The denoiser compiled once, through the public interface, for a plan that forecasts every other output."""
     first = plan(model, ["output"], [[1 - step % 2] for step in range(STEPS)])
-    return dcc.compile(
+    return apart(
         module(model),
         [0],
         sample=lambda net, seed: generate(model, denoise_with(net), seed),

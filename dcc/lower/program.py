@@ -163,7 +163,7 @@ def _prepared(
     orders = (Shapes(fakes), Outlines()) if outline else (Shapes(fakes),)
     with torch.no_grad(), fake_mode:
         observer.run_all(graph_module, Row(orders), f"{variant.name}_lowered", stage=LOWERING)
-    return graph_module, fakes, bodies(graph_module)
+    return graph_module, fakes, bodies(graph_module) if outline else 0
 
 
 def _inductor(graph_module: GraphModule, fakes: Sequence[Tensor], mode: str) -> Callable[..., Sequence[Tensor]]:

@@ -13,7 +13,7 @@ from dcc.passes.base import Row
 from dcc.passes.insert_cache_writes import Writes
 from dcc.passes.values import Write
 from dcc.record.call import bind
-from dcc.record.seam import DenoiserProxy
+from dcc.record.seam import Handler
 from dcc.record.target import installed
 from dcc.serve.binding import Binding, Tables
 from dcc.variants.observe import Observer
@@ -28,7 +28,7 @@ def recorded_values(subject: Subject, site: str, prompt: Any, seed: int) -> Tens
     return torch.stack(net.values)
 
 
-class _ValueRecorder(DenoiserProxy):
+class _ValueRecorder(Handler):
     """Runs the denoiser as it is and keeps the values of one site."""
 
     def __init__(self, subject: Subject, name: str) -> None:
@@ -39,9 +39,9 @@ class _ValueRecorder(DenoiserProxy):
         self.variant = variant(subject.captured, Row((Writes((site,)),)), "values", Observer())
         self.place = self.variant.outputs + self.variant.gives.index(Write(site.name, port))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         captured = self.subject.captured
-        call = bind(self.original, args, kwargs, self.subject.run.as_tensors)
+        call = bind(self.module, args, kwargs, self.subject.run.as_tensors)
         binding = Binding(self.tables, captured, call, step=len(self.values))
         outputs = self.variant.graph_module(*binding.of(self.variant.takes))
         self.values.append(outputs[self.place].detach().cpu())

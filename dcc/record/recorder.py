@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dcc.errors import CaptureError
 from dcc.record.call import Call, bind
-from dcc.record.seam import DenoiserProxy
+from dcc.record.seam import Handler
 
 MAX_STREAMS = 3  # an input that takes more distinct values than this in a run moves with the steps
 
@@ -80,11 +80,11 @@ class _Input:
             self.values.append(tensor.clone())
 
 
-class Recorder(DenoiserProxy):
-    """Stands in for the denoiser during one run and remembers its calls."""
+class Recorder(Handler):
+    """Watches the denoiser during one run and remembers its calls."""
 
-    def __init__(self, original: nn.Module, only_first: bool = False) -> None:
-        super().__init__(original)
+    def __init__(self, module: nn.Module, only_first: bool = False) -> None:
+        super().__init__(module)
         self.only_first = only_first
         self.first: Call | None = None
         self.contexts: list[str | None] = []
@@ -92,8 +92,8 @@ class Recorder(DenoiserProxy):
         self.inputs: dict[str, _Input] = {}
         self.calls = 0
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = bind(self.original, args, kwargs, frozenset())
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        call = bind(self.module, args, kwargs, frozenset())
         if self.first is None:
             self.first = call
             if self.only_first:
@@ -106,12 +106,12 @@ class Recorder(DenoiserProxy):
                 self.inputs.setdefault(name, _Input()).see(torch.tensor(float(value)))
         for name, tensor in zip(call.names, call.tensors, strict=True):
             self.inputs.setdefault(name, _Input()).see(tensor)
-        return self.original(*args, **kwargs)
+        return self.module(*args, **kwargs)
 
     def result(self) -> Recording:
         """The run as a Recording. Raises CaptureError where the denoiser was never called."""
         if self.first is None:
-            raise CaptureError(f"the run never called the denoiser ({type(self.original).__name__})")
+            raise CaptureError(f"the run never called the denoiser ({type(self.module).__name__})")
         as_tensors = frozenset(name for name, values in self.numbers.items() if len(values) > 1)
         time, scalars = self._time()
         steps = len(set(scalars)) or self.calls

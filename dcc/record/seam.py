@@ -1,14 +1,33 @@
-"""An nn.Module that stands in for a pipeline's denoiser: everything but `forward` is the original module's."""
+"""The one seam: a handler is set on a denoiser in place, and runs where the denoiser would.
+
+The denoiser stays the very object and class that it was: `isinstance`, loaders, hooks, `state_dict`, `save_pretrained`
+and whatever users set on it are its own. torch calls `module._compiled_call_impl` where that is set, which is how
+`nn.Module.compile` works in place; installing adds that entry and a few others to the module's own dictionary, removing
+takes them out. Copies and pickles are of the plain module.
+
+What else reaches the handler: `module.forward(...)` called directly, and `torch.compile` on top of the module or of
+code that calls it. Dynamo looks past `_compiled_call_impl`, but not past a `forward` of the instance that it is told to
+leave alone; it breaks its graph there. `module.compile()` would take the handler's place, and is refused.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
+
+from dcc.errors import AlreadyCompiledError
+
+HANDLER = "_dcc"  # the entry that holds the handler
+
+_ORIGINALS: ContextVar[frozenset[int]] = ContextVar("dcc_originals", default=frozenset())  # ids of plain modules
+_POSITIONS: ContextVar[dict[int, Position]] = ContextVar("dcc_positions")
 
 
 @dataclass(frozen=True)
@@ -22,23 +41,28 @@ class Position:
     sigma: float | None = None
 
 
-class DenoiserProxy(nn.Module):
-    """Delegates attributes, weights, devices and dtypes to `original`, which is not registered as a submodule, so that
-    `state_dict`, `parameters` and `to` are those of the original."""
+class Handler:
+    """Runs in the place of `module` while it is installed there, or when it is called itself."""
 
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["original"] = original
-        self.__dict__["_position"] = ContextVar("position", default=None)
-        self.train(original.training)
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["original"], name)
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs in place of `module(*args, **kwargs)`. In here `self.module(...)` is the original."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with disabled(self.module):
+            return self.call(*args, **kwargs)
+
+    def entries(self) -> dict[str, Any]:
+        """What the module gets besides the handler, where it has nothing of that name."""
+        return {}
 
     @property
     def position(self) -> Position | None:
-        """The innermost `cache_context` of this thread or task."""
-        return self._position.get()
+        """The innermost `cache_context` of this module in this thread or task."""
+        return _POSITIONS.get({}).get(id(self.module))
 
     @contextmanager
     def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
@@ -47,38 +71,129 @@ class DenoiserProxy(nn.Module):
         `fields` may hold step_index, num_inference_steps, timestep and sigma; others are accepted and not used.
         """
         known = {key: fields[key] for key in Position.__dataclass_fields__ if key in fields}
-        token = self._position.set(Position(name, **known))
+        token = _POSITIONS.set(_POSITIONS.get({}) | {id(self.module): Position(name, **known)})
         try:
             yield
         finally:
-            self._position.reset(token)
+            _POSITIONS.reset(token)
 
-    def train(self, mode: bool = True) -> DenoiserProxy:
-        self.__dict__["original"].train(mode)
-        self.training = mode
-        return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DenoiserProxy:
-        self.original._apply(fn, recurse)
-        return self
+def handler_of(module: Any) -> Handler | None:
+    """The handler that is installed on a module, None where there is none."""
+    return vars(module).get(HANDLER) if isinstance(module, nn.Module) else None
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.original.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.original.load_state_dict(*args, **kwargs)
+def install(module: nn.Module, handler: Handler) -> None:
+    """Sets the handler on the module, in the place of the one that is there."""
+    remove(module)
+    own = {
+        HANDLER: handler,
+        "_compiled_call_impl": _calls(module, handler),
+        "forward": _forwards(module, handler),
+        "cache_context": _context(module, handler),
+        "compile": _refusal(module),
+        "__getstate__": functools.partial(_plain_state, module),
+    }
+    own |= {name: value for name, value in handler.entries().items() if not hasattr(module, name)}
+    own["_dcc_before"] = {name: vars(module)[name] for name in own if name in vars(module)}
+    own["_dcc_entries"] = {name: own[name] for name in own if name != "_dcc_before"}
+    vars(module).update(own)
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.original.named_parameters(*args, **kwargs)
 
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        return self.original.named_buffers(*args, **kwargs)
+def remove(module: nn.Module) -> Handler | None:
+    """Takes the handler off the module, which is then as it was; returns the handler.
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        return self.original.named_modules(*args, **kwargs)
+    An entry that something else has replaced since stays.
+    """
+    handler = handler_of(module)
+    if handler is None:
+        return None
+    entries, before = vars(module).pop("_dcc_entries"), vars(module).pop("_dcc_before")
+    for name, value in entries.items():
+        if vars(module).get(name) is value:
+            del vars(module)[name]
+            if name in before:
+                vars(module)[name] = before[name]
+    return handler
 
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        return self.original.named_children()
 
-    def extra_repr(self) -> str:
-        return f"original={type(self.original).__name__}"
+@contextmanager
+def installed(module: nn.Module, handler: Handler | None) -> Iterator[None]:
+    """The handler, or none, on the module inside; what was there before is back at the end, whatever happens."""
+    before = remove(module)
+    if handler is not None:
+        install(module, handler)
+    try:
+        yield
+    finally:
+        remove(module)
+        if before is not None:
+            install(module, before)
+
+
+@contextmanager
+def disabled(module: nn.Module) -> Iterator[None]:
+    """The module's own code runs inside, in this thread or task; handlers elsewhere go on."""
+    token = _ORIGINALS.set(_ORIGINALS.get() | {id(module)})
+    try:
+        yield
+    finally:
+        _ORIGINALS.reset(token)
+
+
+def _runs_plain(module: nn.Module) -> bool:
+    return id(module) in _ORIGINALS.get()
+
+
+def _calls(module: nn.Module, handler: Handler) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _runs_plain(module):
+            return module._call_impl(*args, **kwargs)
+        return handler(*args, **kwargs)
+
+    return torch.compiler.disable(call)
+
+
+def _forwards(module: nn.Module, handler: Handler) -> Callable[..., Any]:
+    original = module.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if _runs_plain(module) or handler_of(module) is not handler:
+            return original(*args, **kwargs)
+        return handler(*args, **kwargs)
+
+    return torch.compiler.disable(forward)
+
+
+def _context(module: nn.Module, handler: Handler) -> Callable[..., Any]:
+    own = getattr(module, "cache_context", None)
+
+    @contextmanager
+    def cache_context(name: str, **fields: Any) -> Iterator[None]:
+        with handler.cache_context(name, **fields):
+            if own is None:
+                yield
+            else:
+                with own(name, **fields):
+                    yield
+
+    return cache_context
+
+
+def _refusal(module: nn.Module) -> Callable[..., Any]:
+    def compile(*args: Any, **kwargs: Any) -> None:
+        raise AlreadyCompiledError(
+            f"{type(module).__name__}.compile() would take the place of what dcc compiled, and cache nothing; "
+            "dcc.restore it first, or leave it: dcc has lowered it already"
+        )
+
+    return compile
+
+
+def _plain_state(module: nn.Module) -> dict[str, Any]:
+    """What copying and pickling keep of the module: all but what installing added."""
+    state = type(module).__getstate__(module)
+    entries, before = state.get("_dcc_entries", {}), state.get("_dcc_before", {})
+    plain = {name: value for name, value in state.items() if name not in entries and not name.startswith("_dcc_")}
+    return plain | {name: value for name, value in before.items() if name in state}

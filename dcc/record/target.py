@@ -1,7 +1,7 @@
 """What dcc compiles: a diffusers pipeline's denoiser, or a bare module with its own sampling loop.
 
 The only file of the compiler that knows diffusers. It finds the denoiser by the attribute names that diffusers
-pipelines share, runs the loop for recordings, and swaps the denoiser in and out.
+pipelines share, runs the loop for recordings, and sets handlers on the denoiser (seam.py).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dcc.errors import AlreadyCompiledError, PeerCacheError, PipelineError, PromptError
+from dcc.record import seam
 from dcc.record.recorder import Recorder, StopAfterFirstCall
-from dcc.record.seam import DenoiserProxy
 
 DENOISER_NAMES = ("transformer", "unet")
 PEER_MARKS = ("_is_cached", "is_cache_enabled", "enable_teacache")
@@ -134,9 +134,9 @@ class PipelineTarget:
             return None
         return PipelineTarget(self.pipe, self.call_kwargs | {"num_inference_steps": steps})
 
-    def install(self, module: nn.Module) -> Any:
-        """Puts `module` in the denoiser's place, the pipeline's configuration left as it is; returns the pipeline."""
-        object.__setattr__(self.pipe, self.name, module)
+    def install(self, handler: seam.Handler) -> Any:
+        """Sets the handler on the denoiser; returns the pipeline."""
+        seam.install(self.module, handler)
         return self.pipe
 
 
@@ -148,7 +148,7 @@ class ModuleTarget:
     batches = False
 
     def __init__(self, module: nn.Module, sample: Callable[[nn.Module, Any], Any]) -> None:
-        self._module, self._current, self._sample = module, module, sample
+        self._module, self._sample = module, sample
 
     @property
     def module(self) -> nn.Module:
@@ -156,7 +156,7 @@ class ModuleTarget:
 
     def sample(self, prompts: Sequence[Any]) -> None:
         """One run of the caller's loop, for the first prompt."""
-        self._sample(self._current, prompts[0])
+        self._sample(self._module, prompts[0])
 
     def generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Samples:
         """The final samples of the caller's loop, run once a prompt with torch's global generator at seeds[i].
@@ -167,7 +167,7 @@ class ModuleTarget:
         for prompt, seed in zip(prompts, seeds, strict=True):
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(seed)
-                result = self._sample(self._current, prompt)
+                result = self._sample(self._module, prompt)
             if result is None:
                 raise PipelineError("sample=fn must return the final sample (tensor, array or image); it returned None")
             results.append(_as_batch(result))
@@ -178,10 +178,10 @@ class ModuleTarget:
         """A bare loop has its own number of steps."""
         return None
 
-    def install(self, module: nn.Module) -> Any:
-        """Makes `module` what `sample` runs; returns it."""
-        self._current = module
-        return module
+    def install(self, handler: seam.Handler) -> Any:
+        """Sets the handler on the module; returns the module."""
+        seam.install(self._module, handler)
+        return self._module
 
 
 Target = PipelineTarget | ModuleTarget
@@ -211,7 +211,7 @@ def make_target(model: Any, sample: Callable[..., Any] | None, call_kwargs: dict
             raise PipelineError("sample= is for a bare nn.Module; a pipeline brings its own sampling loop")
         target: Target = PipelineTarget(model, call_kwargs)
     elif isinstance(model, nn.Module):
-        if sample is None and not isinstance(model, DenoiserProxy):
+        if sample is None and seam.handler_of(model) is None:
             raise PipelineError("a bare nn.Module needs sample=fn, where fn(net, prompt) runs one full sampling loop")
         if call_kwargs:
             raise PipelineError(f"a bare nn.Module takes no pipeline arguments: {', '.join(call_kwargs)}")
@@ -247,19 +247,15 @@ def check_prompts(prompts: Any, text: bool) -> list[Any]:
 
 
 @contextlib.contextmanager
-def installed(target: Target, net: nn.Module) -> Iterator[None]:
-    """`net` in the denoiser's place; the original is back at the end, whatever happens."""
-    original = target.module
-    target.install(net)
-    try:
+def installed(target: Target, handler: seam.Handler | None) -> Iterator[None]:
+    """The handler, or none, on the denoiser; what was there before is back at the end, whatever happens."""
+    with seam.installed(target.module, handler):
         yield
-    finally:
-        target.install(original)
 
 
 @contextlib.contextmanager
 def recording(target: Target, only_first: bool = False) -> Iterator[Recorder]:
-    """A Recorder in the denoiser's place; the original is back at the end, whatever happens."""
+    """A Recorder on the denoiser; what was there before is back at the end, whatever happens."""
     recorder = Recorder(target.module, only_first)
     try:
         with installed(target, recorder), torch.no_grad(), torch.random.fork_rng():
@@ -274,12 +270,8 @@ def denoiser_of(model: Any) -> Any:
 
 
 def restore_target(model: Any) -> Any:
-    """The original denoiser back: returns the pipeline, or the original of a compiled module."""
-    current = denoiser_of(model)
-    if isinstance(current, DenoiserProxy):
-        if not is_pipeline(model):
-            return current.original
-        object.__setattr__(model, _denoiser_name(model), current.original)
+    """Takes the handler off a pipeline's denoiser, or off a module; returns what it was given."""
+    if seam.remove(denoiser_of(model)) is not None:
         return model
     if is_pipeline(model):
         raise PipelineError(f"pipe.{_denoiser_name(model)} is not compiled by dcc; there is nothing to restore")
@@ -301,7 +293,7 @@ def _denoiser_name(pipe: Any) -> str:
 def _check_state(module: nn.Module) -> None:
     """Refuses a denoiser that is compiled already, or that another cache patches (DESIGN contract 9)."""
     name = type(module).__name__
-    if isinstance(module, DenoiserProxy):
+    if seam.handler_of(module) is not None:
         raise AlreadyCompiledError(
             f"{name} is compiled by dcc already; dcc.restore it first, then compile with new settings"
         )
@@ -319,6 +311,8 @@ def _check_state(module: nn.Module) -> None:
             "features, and a hooked module cannot be captured. Take it off (diffusers: disable_cache(), cache-dit: "
             "disable_cache(pipe), accelerate: remove_all_hooks()) and compile again"
         )
+    if vars(module).get("_compiled_call_impl") is not None:
+        raise PipelineError(f"{name}.compile() was called on it; give dcc the module itself, it compiles it")
     if hasattr(module, "_orig_mod"):
         raise PipelineError(f"{name} is wrapped by torch.compile; give dcc the module itself, it compiles it")
     if module.training:

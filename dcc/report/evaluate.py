@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcc.compiler import check_plan, compile, cost
+from dcc.compiler import check_plan, compile, compiled, cost
 from dcc.discover.subject import Subject
 from dcc.errors import PipelineError, PolicyError
 from dcc.lower.program import check_backend
@@ -21,9 +21,8 @@ from dcc.plans.plan import Plan
 from dcc.policies import Setting, make_policy, parameter_names
 from dcc.policies.setting import plan_for, setting_of
 from dcc.quality import are_images, frames, psnr, spread, ssim
-from dcc.record.seam import DenoiserProxy
+from dcc.record.seam import installed
 from dcc.record.target import (
-    PipelineTarget,
     Samples,
     Target,
     call_parameters,
@@ -204,7 +203,7 @@ def _uncached(
     model: Any, prompts: list[Any], sample: Any, backend: str, say: Callable[[str], None], call: dict[str, Any]
 ) -> CompiledDenoiser:
     """The denoiser compiled for the plan that computes every step; `model` itself is as before."""
-    compiled = compile(
+    compile(
         model,
         prompts,
         policy="interval",
@@ -214,9 +213,8 @@ def _uncached(
         progress=lambda line: say(f"{UNCACHED}: {line}"),
         **call,
     )
-    net = denoiser_of(compiled)
-    if is_pipeline(model):
-        restore_target(model)
+    net = compiled(model)
+    restore_target(model)
     return net
 
 
@@ -315,14 +313,9 @@ def picture(sample: Tensor) -> Tensor:
 
 @contextmanager
 def _uncompiled(model: Any) -> Iterator[Any]:
-    """The model with its original denoiser; a pipeline gets back at the end what it had, whatever happens."""
-    installed = denoiser_of(model)
-    original = restore_target(model) if isinstance(installed, DenoiserProxy) else model
-    try:
-        yield original
-    finally:
-        if is_pipeline(model):
-            PipelineTarget(model, {}).install(installed)
+    """The model without what dcc has set on it; that is back at the end, whatever happens."""
+    with installed(denoiser_of(model), None):
+        yield model
 
 
 def _made_up(policy: str, parameters: Mapping[str, Any]) -> str:
@@ -356,13 +349,13 @@ def _check(
 
 def _facts(net: CompiledDenoiser, prompts: Sequence[Any], seed: int, size: int) -> dict[str, str]:
     """What a reader must know to judge the numbers, by name."""
-    weight = next(net.original.parameters(), torch.empty(0))
+    weight = next(net.module.parameters(), torch.empty(0))
     if weight.is_cuda:
         device = torch.cuda.get_device_name(weight.device)
     else:
         device = f"{weight.device.type}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "denoiser": type(net.original).__name__,
+        "denoiser": type(net.module).__name__,
         "scheduler": f"{net.plan.scheduler}, {net.plan.steps} steps",
         "prompts": f"{count(len(prompts), 'prompt')}, seeds from {seed}",
         "batch": f"1 for time, {size} for quality",

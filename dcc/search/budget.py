@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from dcc.discover.subject import Subject
 from dcc.errors import BudgetError, ProfileError
 from dcc.measure.profile import Profile
 from dcc.plans.plan import Plan
 from dcc.plans.predictors import Predictor
-from dcc.record.seam import DenoiserProxy
+from dcc.record.seam import Handler
 from dcc.record.target import installed
 from dcc.search.closed_loop import Candidate, ClosedLoop, prepare
 from dcc.search.proposals import propose
@@ -195,19 +194,19 @@ def _fewer_steps(loop: ClosedLoop, steps: int) -> float | None:
     return statistics.fmean(values)
 
 
-class _Clock(DenoiserProxy):
+class _Clock(Handler):
     """Adds up the seconds spent in the denoiser."""
 
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__(original)
-        self.__dict__["seconds"] = 0.0
+    def __init__(self, net: CompiledDenoiser) -> None:
+        super().__init__(net.module)
+        self.net, self.seconds = net, 0.0
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
-        outputs = self.original(*args, **kwargs)
+        outputs = self.net(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.__dict__["seconds"] = self.seconds + time.perf_counter() - start
+        self.seconds += time.perf_counter() - start
         return outputs
 
 
@@ -222,7 +221,7 @@ def _speedup_for(
     with installed(subject.target, clock):
         for index in range(TIMED_RUNS + 1):
             progress(f"timing uncached runs: {index} of {TIMED_RUNS}")
-            clock.__dict__["seconds"] = 0.0
+            clock.seconds = 0.0
             start = time.perf_counter()
             subject.target.generate([prompt], [seed])
             times.append((time.perf_counter() - start, clock.seconds))

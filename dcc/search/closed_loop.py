@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcc.discover.subject import Subject
 from dcc.plans.predictors import Predictor
 from dcc.quality import psnr
+from dcc.record.seam import Handler
 from dcc.record.target import Samples, Target, installed
 from dcc.search.fit import Fit, FitOptions, OutputRunner, Sampler, find_sampler
 from dcc.search.trace import Layout, Trace, Tracer, coordinates
@@ -88,7 +89,7 @@ class ClosedLoop:
     """
 
     subject: Subject
-    net: Callable[[Candidate, dict[int, list[float]]], nn.Module]
+    net: Callable[[Candidate, dict[int, list[float]]], Handler]
     batches: list[Batch]
     data_range: float
     sampler: Sampler | None = None
@@ -138,8 +139,8 @@ class ClosedLoop:
             net = self.net(candidate, coefficients)
         return self.generate(net, batch)
 
-    def generate(self, net: nn.Module, batch: Batch) -> Samples:
-        """The samples of a batch with `net` as the denoiser."""
+    def generate(self, net: Handler, batch: Batch) -> Samples:
+        """The samples of a batch with `net` on the denoiser."""
         return _with(self.subject.target, net, batch.prompts, batch.seeds)
 
     def psnr(self, samples: Samples, batch: Batch) -> list[float]:
@@ -151,7 +152,7 @@ class ClosedLoop:
 
 def prepare(
     subject: Subject,
-    net: Callable[[Candidate, dict[int, list[float]]], nn.Module],
+    net: Callable[[Candidate, dict[int, list[float]]], Handler],
     prompts: Sequence[Any],
     seeds: Sequence[int],
     *,
@@ -182,7 +183,7 @@ def _uncached(subject: Subject, prompts: list[Any], seeds: list[int], traced: bo
     """One batch of uncached runs, with its trace if that is wanted and the run is laid out evenly over its steps."""
     layout = Layout(subject.run, len(prompts))
     if not (traced and layout.calls and layout.sample_name):
-        return Batch(prompts, seeds, _with(subject.target, subject.module, prompts, seeds), None)
+        return Batch(prompts, seeds, _with(subject.target, None, prompts, seeds), None)
     tracer = Tracer(subject.module, subject.run, layout)
     samples = _with(subject.target, tracer, prompts, seeds)
     tracer.trace.final = _final(samples.state, tracer.trace)
@@ -205,8 +206,8 @@ def _final(state: Tensor | None, trace: Trace) -> Tensor | None:
     return flat[:, coordinates(flat.shape[1])].to(trace.samples[0].device)
 
 
-def _with(target: Target, net: nn.Module, prompts: list[Any], seeds: list[int]) -> Samples:
-    """The final samples with `net` in the denoiser's place; the original is back at the end, whatever happens."""
+def _with(target: Target, net: Handler | None, prompts: list[Any], seeds: list[int]) -> Samples:
+    """The final samples with a handler, or none, on the denoiser."""
     with installed(target, net), torch.no_grad():
         return target.generate(prompts, seeds)
 

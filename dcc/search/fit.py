@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from dcc.plans.predictors import newton_through
 from dcc.record.call import bind
 from dcc.record.recorder import Recording
-from dcc.record.seam import DenoiserProxy
+from dcc.record.seam import Handler
 from dcc.search.trace import Layout, Trace, first_tensor
 
 LINEAR = 2e-2  # relative residual up to which the sampler counts as linear; half-precision states leave 1e-3 or so
@@ -156,25 +156,27 @@ class Fit:
         ).cpu()
 
 
-class OutputRunner(DenoiserProxy):
+class OutputRunner(Handler):
     """Runs a mask on the raw output: the original at full steps, forecasts between; fits gaps where `fit` is given."""
 
     def __init__(
-        self, original: nn.Module, recording: Recording, layout: Layout, mask: Sequence[int], depth: int
+        self, module: nn.Module, recording: Recording, layout: Layout, mask: Sequence[int], depth: int
     ) -> None:
-        super().__init__(original)
-        self.__dict__.update(recording=recording, layout=layout, mask=mask, depth=depth)
+        super().__init__(module)
+        self.recording, self.layout, self.mask, self.depth = recording, layout, mask, depth
         self.begin({}, None, None)
 
     def begin(self, coefficients: dict[int, list[float]], fit: Fit | None, trace: Trace | None) -> None:
         """Starts a run, with given coefficients or fitting them to `trace`."""
-        self.__dict__.update(count=0, values=[], anchors=[], coefficients=coefficients, fit=fit, trace=trace)
+        self.count, self.coefficients, self.fit, self.trace = 0, coefficients, fit, trace
+        self.values: list[Any] = []  # what the calls of this step returned
+        self.anchors: list[tuple[int, list[Any]]] = []  # (step, what its calls returned), newest first
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         step, call = divmod(self.count, self.layout.calls)
-        self.__dict__["count"] = self.count + 1
+        self.count += 1
         if self.mask[step]:
-            outputs = self.original(*args, **kwargs)
+            outputs = self.module(*args, **kwargs)
             self.values.append(outputs)
             if call + 1 == self.layout.calls:
                 self.anchors.insert(0, (step, list(self.values)))
@@ -193,5 +195,5 @@ class OutputRunner(DenoiserProxy):
         return pytree.tree_unflatten([*like[:index], total.to(like[index].dtype), *like[index + 1 :]], spec)
 
     def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        call = bind(self.original, args, kwargs, self.recording.as_tensors)
+        call = bind(self.module, args, kwargs, self.recording.as_tensors)
         return dict(zip(call.names, call.tensors, strict=True))

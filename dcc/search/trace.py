@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from dcc.record.call import bind
 from dcc.record.recorder import Recording
-from dcc.record.seam import DenoiserProxy
+from dcc.record.seam import Handler
 
 COORDINATES = 32768  # values kept of each sample; a fit of a few coefficients needs no more
 
@@ -58,16 +58,17 @@ def coordinates(size: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:COORDINATES].sort().values
 
 
-class Tracer(DenoiserProxy):
-    """Stands in for the denoiser during one uncached run and fills `trace`."""
+class Tracer(Handler):
+    """Watches the denoiser during one uncached run and fills `trace`."""
 
-    def __init__(self, original: nn.Module, recording: Recording, layout: Layout) -> None:
-        super().__init__(original)
-        self.__dict__.update(recording=recording, layout=layout, trace=Trace(), parts=[])
+    def __init__(self, module: nn.Module, recording: Recording, layout: Layout) -> None:
+        super().__init__(module)
+        self.recording, self.layout, self.trace = recording, layout, Trace()
+        self.parts: list[Tensor] = []
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = bind(self.original, args, kwargs, self.recording.as_tensors)
-        outputs = self.original(*args, **kwargs)
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        call = bind(self.module, args, kwargs, self.recording.as_tensors)
+        outputs = self.module(*args, **kwargs)
         by_name = dict(zip(call.names, call.tensors, strict=True))
         if not self.parts:
             self.trace.samples.append(self.layout.state(by_name[self.layout.sample_name]))

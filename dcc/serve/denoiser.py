@@ -21,7 +21,7 @@ from dcc.lower.program import Programs
 from dcc.plans import mapping
 from dcc.plans.plan import Plan
 from dcc.record.call import Call, bind
-from dcc.record.seam import DenoiserProxy
+from dcc.record.seam import Handler
 from dcc.serve.guard import Errors, Guard
 from dcc.serve.position import Positions
 from dcc.serve.session import Counts, Sessions, Stream
@@ -47,8 +47,8 @@ class Runner(Protocol):
         ...
 
 
-class CompiledDenoiser(DenoiserProxy):
-    """What `dcc.compile` puts in the place of `pipe.transformer` or `pipe.unet`.
+class CompiledDenoiser(Handler):
+    """What `dcc.compile` sets on `pipe.transformer` or `pipe.unet`: it runs where they would.
 
     Calls take and return what the original does. It is composed of: `positions` (which step a call stands at),
     `sessions` (state per request), `families` (the variants of each captured graph), `programs` (those lowered), and a
@@ -84,8 +84,8 @@ class CompiledDenoiser(DenoiserProxy):
         self._session: ContextVar[str | None] = ContextVar("session", default=None)
         self._numbers = itertools.count()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = bind(self.original, args, kwargs, self.recording.as_tensors)
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        call = bind(self.module, args, kwargs, self.recording.as_tensors)
         with torch.no_grad():
             family = self.family(call)
             step, key, owners = self._locate(call)
@@ -119,12 +119,16 @@ class CompiledDenoiser(DenoiserProxy):
 
     def _fitting(self, call: Call) -> Family:
         for family in self.families:
-            if family.captured.accepts(call) and family.captured.agrees(self.original, call):
+            if family.captured.accepts(call) and family.captured.agrees(self.module, call):
                 return family
-        captured = capture(self.original, call)
+        captured = capture(self.module, call)
         self.families.append(self.runner.build(self.subject.sites_of(captured)))
         captured.proven.add(call.shapes)
         return self.families[-1]
+
+    def entries(self) -> dict[str, Any]:
+        """What the module shows of it."""
+        return {"plan": self.plan, "summary": self.summary, "session": self.session}
 
     def warm(self, call: Call, say: Callable[[str], None] = lambda line: None) -> None:
         """Lowers and checks on one recorded call what will be served; counts nothing."""

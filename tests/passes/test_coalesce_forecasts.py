@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import dcc
 from dcc.capture.export import capture
 from dcc.discover.sites import find_sites
 from dcc.passes.base import GUIDANCE, Port, Site
 from dcc.passes.coalesce_forecasts import coalesced
 from dcc.record.call import bind
+
+from ..nets import apart
 
 STEPS = 7
 
@@ -135,21 +136,21 @@ def test_random_plans_give_the_same_samples(kinds: dict[str, bool], site: str, m
     for _ in range(4):
         mask = [1, 1, *(draw.randint(0, 1) for _ in range(STEPS - 2))]
         policy = {"policy": "taylorseer", "steps_mask": mask, "order": draw.randint(1, 2), "site": site}
-        joined = dcc.compile(module, [0], sample=sample, backend="eager", **policy)
+        joined = apart(module, [0], sample=sample, backend="eager", **policy)
         with monkeypatch.context() as patch:
             patch.setattr("dcc.passes.coalesce_forecasts.coalesced", lambda group, *_: tuple(group))
-            apart = dcc.compile(module, [0], sample=sample, backend="eager", **policy)
-            expected = sample(apart, 3)
+            separate = apart(module, [0], sample=sample, backend="eager", **policy)
+            expected = sample(separate, 3)
         assert torch.allclose(sample(joined, 3), expected, rtol=1e-4, atol=1e-5)
-        assert joined.plan.flops == apart.plan.flops and joined.plan.cache_bytes <= apart.plan.cache_bytes
-        assert joined.summary().cache_bytes <= apart.summary().cache_bytes
+        assert joined.plan.flops == separate.plan.flops and joined.plan.cache_bytes <= separate.plan.cache_bytes
+        assert joined.summary().cache_bytes <= separate.summary().cache_bytes
         assert joined.summary().cache_bytes <= joined.plan.cache_bytes
 
 
 def test_the_plan_and_the_cache_say_the_bytes_of_one_tensor_a_stream() -> None:
     module = net()
     one = 2 * 5 * 8 * 4  # batch, tokens, channels, float32
-    compiled = dcc.compile(
+    compiled = apart(
         module, [0], sample=sample, policy="taylorseer", interval=3, order=1, site="branches", backend="eager"
     )
     sample(compiled, 0)
