@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from dcc.decisions import Decision
 from dcc.kernels import select_tokens as tokens
 from dcc.passes.base import Order, Pass, Refresh
 from dcc.passes.graph import insert_call, node_of, nodes_by_name, output_node, shape, sizes
@@ -51,7 +52,7 @@ class RefreshTokens(Pass):
             for name in (refresh.site.ports[0].out, *refresh.nodes, *refresh.ends):
                 node_of(editor.nodes, name, self.name)
         for refresh in sorted(order.refreshes, key=editor.value_of):
-            if refresh.decision == 1:
+            if refresh.decision == Decision.COMPUTE:
                 editor.start(refresh)
             else:
                 editor.forecast(refresh)
@@ -92,7 +93,7 @@ class _Editor:
         users = list(out.users)
         self.here = out.next
         value = self.call(aten.add.Tensor, out, self.input(state, out.meta["val"]))
-        if refresh.decision == 2:
+        if refresh.decision == Decision.REFRESH:
             value = self.fresh(refresh, value)
             self.keep(state, self.call(aten.sub.Tensor, value, out))
         for user in users:

@@ -11,12 +11,13 @@ from dcc.discover.sites import Sites, find_sites
 from dcc.errors import PlanError, PolicyError
 from dcc.passes.base import Correction
 from dcc.passes.values import Factor
+from dcc.plans.forms import Form
 from dcc.plans.plan import Plan, make_plan
 from dcc.plans.predictors import Predictor
 from dcc.policies import Setting, make_policy
 from dcc.quality import mean_psnr, psnr
 from dcc.variants.build import build
-from dcc.variants.correctors import Factors, corrected, corrections, corrector_problem, low_rank, map_flops
+from dcc.variants.correctors import Factors, corrected, corrections, low_rank, map_flops
 from dcc.variants.cost import cost
 from dcc.variants.observe import Observer
 
@@ -132,7 +133,8 @@ def test_factors_follow_the_live_weight_and_are_made_once():
     ],
 )
 def test_malformed_forms(spec, problem):
-    assert problem in corrector_problem(spec)
+    with pytest.raises(PlanError, match=problem):
+        Form.from_json({"corrector": spec})
     with pytest.raises(PlanError, match="plan field 'forms' 'corrector'"):
         plan_of("linears", {"corrector": spec})
 
@@ -149,9 +151,10 @@ def test_costs(sites):
     priced = cost(plan_of("linears", LOW_RANK), sites)
     group = sites.select("linears")
     layers = sum(sites.costs[site.ports[0].out].flops for site in group)
-    maps = map_flops(corrections(LOW_RANK, group, sites), sites)
+    made = corrections(Form.from_json(LOW_RANK), group, sites)
+    maps = map_flops(made, sites)
     assert maps == sum(2 * 12 * 3 * (site.shapes[0][-1] + c.shapes[0][1])
-                       for site, c in zip(group, corrections(LOW_RANK, group, sites), strict=True))  # fmt: skip
+                       for site, c in zip(group, made, strict=True))  # fmt: skip
     assert priced.flops_uncached == 4 * sites.flops
     assert priced.flops == 4 * sites.flops - 2 * layers + 4 * maps
     assert priced.cache_bytes == sum(site.bytes for site in group)
@@ -193,7 +196,7 @@ def test_other_bad_sites_and_files(sites, tmp_path):
 
 def test_analyses_see_the_value_that_a_map_takes(sites):
     (site,) = sites.select("linear:blocks.0.mlp.2")
-    made = corrections(LOW_RANK, [site], sites)
+    made = corrections(Form.from_json(LOW_RANK), [site], sites)
     assert corrected(site, made, live=False).ports[0].base == made[0].source
     assert corrected(site, made).ports[0].base == made[0].name
     assert corrected(site, []) is site

@@ -10,12 +10,13 @@ from dcc.kernels.band_split import low_pass
 from dcc.passes.base import Port, Site
 from dcc.passes.forms import Bands, Clusters
 from dcc.plans import mapping
-from dcc.plans.forms import flat, form_of, predictors_of, rows_of, split
+from dcc.plans.forms import Form, flat, split
 from dcc.plans.plan import Plan, make_plan
 from dcc.plans.predictors import Predictor
 from dcc.plans.triggers import Verify
 from dcc.record.fingerprint import fingerprint
 from dcc.report import page, tables
+from dcc.variants import forms as variant_forms
 
 from . import tiny
 
@@ -35,13 +36,18 @@ def plan(form, schedule=((1,), (0,), (1,), (0,), (0,)), **more):
     )  # fmt: skip
 
 
-def test_rows_of_coefficients_stand_one_behind_another():
-    assert flat(BANDS, None, 4, [2, 0]) == (1.0, 0.0, 2.0, -1.0)  # a copy, padded, then a line
-    assert flat({}, LINE, 4, [2, 0]) == (2.0, -1.0)
+def form_of(form, sites, name):
+    return variant_forms.form_of(Form.from_json(form), sites, name)
+
+
+def test_rows_of_coefficients_stand_one_after_another():
+    assert flat(Form.from_json(BANDS), None, 4, [2, 0]) == (1.0, 0.0, 2.0, -1.0)  # a copy, padded, then a line
+    assert flat(None, LINE, 4, [2, 0]) == (2.0, -1.0)
     assert split((1.0, 0.0, 2.0, -1.0), 2) == [(1.0, 0.0), (2.0, -1.0)]
     assert split((), 2) == [(), ()]
-    assert (rows_of(BANDS), rows_of({}), rows_of({"tokens": {"select": "random", "ratio": 0.1}})) == (2, 1, 1)
-    assert predictors_of({}, LINE) == [LINE] and predictors_of(CLUSTERS, None) == [COPY, LINE]
+    assert Form.from_json({}) is None
+    assert (Form.from_json(BANDS).rows, Form.from_json({"tokens": {"select": "random", "ratio": 0.1}}).rows) == (2, 1)
+    assert Form.from_json(CLUSTERS).predictors == (COPY, LINE)
 
 
 def test_a_plan_says_its_form():

@@ -14,6 +14,7 @@ from dcc.discover.sites import find_sites
 from dcc.errors import PlanError, SiteError
 from dcc.measure.instrument import floating
 from dcc.passes.base import GUIDANCE
+from dcc.plans.forms import TokensForm
 from dcc.plans.plan import make_plan
 from dcc.plans.predictors import Predictor
 from dcc.record.call import bind
@@ -157,9 +158,9 @@ def test_refuses_anchors_of_half_a_batch_where_the_whole_runs():
 def test_refuses_tokens_refreshed_at_half_a_batch():
     selected = [wired()[1].select(name) for name in ("uncond", "delta")]
     plan = plan_of(["uncond", "delta"], ["100", "100"])
-    tokens = {"tokens": {"select": "norm", "ratio": 0.1, "options": {}}}
+    tokens = TokensForm("norm", 0.1, (("sign", 1.0), ("age", 0.0)))
     with pytest.raises(PlanError, match=r"step 1 .*refreshes tokens of 'delta'"):
-        check_plan(_with_forms(plan, ({}, tokens)), selected)
+        check_plan(_with_forms(plan, (None, tokens)), selected)
 
 
 def _with_forms(plan, forms):

@@ -5,10 +5,11 @@ import torch
 
 from dcc.discover.sites import find_sites
 from dcc.errors import PlanError, PolicyError
-from dcc.plans.forms import form_of
+from dcc.plans.forms import Form
 from dcc.plans.predictors import Predictor
 from dcc.policies import Setting, make_policy
 from dcc.policies.hybrid import SOLVERS
+from dcc.variants.forms import form_of
 
 from . import tiny
 from .demo_runs import demo_run
@@ -36,13 +37,13 @@ def test_freqca_of_tokens_in_a_line(setting):
     assert (cached.site, "".join(map(str, cached.mask))) == ("hidden", "111000001000")
     bands = cached.form["bands"]
     assert (bands["transform"], bands["cutoff"], bands["grid"]) == ("fft", 0.1, None)
-    assert [Predictor.of(data) for data in bands["predictors"]] == [Predictor("copy"), HIGH]
+    assert [Predictor.from_json(data) for data in bands["predictors"]] == [Predictor("copy"), HIGH]
 
 
 def test_freqca_of_a_given_grid(setting):
     bands = one(setting, "freqca", grid=(2, 3), low_order=1).form["bands"]
     assert (bands["transform"], bands["grid"]) == ("dct", [2, 3])
-    assert Predictor.of(bands["predictors"][0]) == Predictor("taylor", 1)
+    assert Predictor.from_json(bands["predictors"][0]) == Predictor("taylor", 1)
 
 
 def test_freqca_finds_the_grid_of_packed_tokens():
@@ -75,7 +76,7 @@ def test_pixels_are_no_line_of_tokens():
     bands = one(setting, "freqca").form["bands"]
     assert (bands["transform"], bands["grid"]) == ("dct", None)
     with pytest.raises(PlanError, match=r"bands by 'fft' need \[batch, tokens, channels\]"):
-        form_of(one(setting, "freqca", transform="fft").form, setting.sites.select("hidden"), "hidden")
+        form_of(Form.from_json(one(setting, "freqca", transform="fft").form), setting.sites.select("hidden"), "hidden")
 
 
 def test_hyca_gives_each_cluster_its_solver(setting):
@@ -88,7 +89,7 @@ def test_hyca_gives_each_cluster_its_solver(setting):
     spec = cached.form["clusters"]
     taylor = spec["predictors"].index(Predictor("taylor", 1).as_json())
     assert spec["of_channel"] == [taylor] * 4 + [1 - taylor] * 4
-    other = SOLVERS.index(Predictor.of(spec["predictors"][1 - taylor]))
+    other = SOLVERS.index(Predictor.from_json(spec["predictors"][1 - taylor]))
     assert SOLVERS[other].name == "copy"
     alone = Setting(setting.levels, setting.sites, values=lambda site: lines)
     assert (one(alone, "hyca").form, one(alone, "hyca").predictor) == ({}, Predictor("taylor", 1))

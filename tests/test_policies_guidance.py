@@ -61,7 +61,7 @@ def test_fastercache_windows_are_timesteps():
     scaled = weighed_bands(sites, [level / 1000 for level in levels], (1.1, 1.2), ((99, 901), (-1, 301)))
     assert scaled["bands"]["predictors"] == [low, high]
     never = weighed_bands(sites, levels, (1.1, 1.0), ((960, 999), (0, 1)))["bands"]["predictors"]
-    assert Predictor.of(never[0]).coefficients(5, [0]) == [1.0]
+    assert Predictor.from_json(never[0]).coefficients(5, [0]) == [1.0]
     assert weighed_bands(sites, levels, (1.0, 1.0), ((99, 901), (-1, 301))) == {}
 
 

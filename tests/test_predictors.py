@@ -324,13 +324,13 @@ def test_printed_form():
 @pytest.mark.parametrize("name", RULES)
 def test_a_predictor_is_written_and_read(name):
     predictor = Predictor(name, ORDERS.get(name, (1, MAX_ORDER))[1], (("sigma", 0.5),) if name == "hermite" else ())
-    assert Predictor.of(predictor.as_json()) == predictor
+    assert Predictor.from_json(predictor.as_json()) == predictor
 
 
 @pytest.mark.parametrize("data", [{}, {"name": "copy"}, None, {"name": "copy", "order": 0, "options": 3}], ids=str)
 def test_what_is_no_predictor_is_refused(data):
     with pytest.raises(PolicyError, match="needs name, order and options"):
-        Predictor.of(data)
+        Predictor.from_json(data)
 
 
 def test_a_switched_predictor_takes_its_turns():

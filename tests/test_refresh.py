@@ -7,13 +7,14 @@ import pytest
 from dcc.discover.sites import find_sites
 from dcc.errors import PlanError
 from dcc.passes.graph import nodes_by_name
+from dcc.plans.forms import Form, TokensForm
 from dcc.plans.plan import Plan, make_plan
 from dcc.plans.predictors import Predictor
 from dcc.plans.triggers import Verify
 from dcc.variants.build import build
 from dcc.variants.cost import cost
 from dcc.variants.observe import Observer
-from dcc.variants.refresh import form_problem, holds_output_tokens, refreshes, region_of
+from dcc.variants.refresh import holds_output_tokens, refreshes, region_of
 
 COPY = Predictor("copy")
 NORM = {"select": "norm", "ratio": 0.5, "sign": 1, "age": 0.1}
@@ -52,7 +53,7 @@ def test_a_plan_with_tokens_survives_a_file(tmp_path):
     made.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
     assert loaded.schedule == made.schedule
-    assert form_problem(loaded.forms[0]) is None
+    assert loaded.forms == made.forms and isinstance(loaded.forms[0], TokensForm)
 
 
 def test_a_two_needs_a_form_with_tokens():
@@ -89,21 +90,21 @@ def test_flops_of_a_partial_row(sites):
 
 def test_a_ratio_a_site_of_a_group(sites):
     form = {"tokens": NORM | {"ratio": [0.5, 1.0]}}
-    found = refreshes(sites, [sites.select("mlp")], [form], [2])
+    found = refreshes(sites, [sites.select("mlp")], [Form.from_json(form)], [2])
     assert [refresh.ratio for refresh in found] == [0.5, 1.0]
     assert [refresh.salt for refresh in found] == [0, 1]
     with pytest.raises(PlanError, match="3 ratios for 2 sites"):
-        refreshes(sites, [sites.select("mlp")], [{"tokens": NORM | {"ratio": [0.5] * 3}}], [2])
+        refreshes(sites, [sites.select("mlp")], [Form.from_json({"tokens": NORM | {"ratio": [0.5] * 3}})], [2])
 
 
 def test_clusters_are_led_by_the_last_site_of_as_many_tokens(sites):
     form = {"tokens": {"select": "cluster", "clusters": 3, "share": 0.1}}
-    found = refreshes(sites, [sites.select("mlp")], [form], [2])
+    found = refreshes(sites, [sites.select("mlp")], [Form.from_json(form)], [2])
     assert {refresh.leader for refresh in found} == {"blocks.1/mlp"}
     nodes = nodes_by_name(sites.captured.graph_module)
     assert {refresh.tokens for refresh in found} == {region_of(sites, nodes, sites["blocks.1/mlp"])[1].name}
     with pytest.raises(PlanError, match="fewer tokens than 7 clusters"):
-        refreshes(sites, [sites.select("mlp")], [{"tokens": form["tokens"] | {"clusters": 7}}], [2])
+        refreshes(sites, [sites.select("mlp")], [Form.from_json({"tokens": form["tokens"] | {"clusters": 7}})], [2])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from dcc.plans.triggers import (
     TransformRate,
     Trigger,
     Verify,
-    trigger_of,
 )
 
 EXAMPLES: list[Trigger] = [
@@ -158,7 +157,7 @@ def test_coarsest_takes_the_first_site_within_its_bound():
 
 @pytest.mark.parametrize("trigger", EXAMPLES, ids=lambda t: t.kind)
 def test_a_trigger_survives_json(trigger):
-    assert trigger_of(json.loads(json.dumps(trigger.as_json()))) == trigger
+    assert Trigger.from_json(json.loads(json.dumps(trigger.as_json()))) == trigger
 
 
 @pytest.mark.parametrize(
@@ -174,7 +173,7 @@ def test_a_trigger_survives_json(trigger):
 )
 def test_malformed_triggers(data, message):
     with pytest.raises(PolicyError, match=message):
-        trigger_of(data)
+        Trigger.from_json(data)
 
 
 @pytest.mark.parametrize("wrong", [{"against": "tomorrow"}, {"norm": "l7"}, {"when": "never"}], ids=str)

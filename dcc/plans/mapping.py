@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dcc.decisions import Decision
 from dcc.plans.plan import Plan
 from dcc.plans.predictors import newton_through
 
@@ -46,7 +47,7 @@ def due(plan: Plan, selector: int, served: int, last: float | None, now: float) 
     A selector is computed where this is more than `served`, the value after the call before (-1 at first). `last` is
     the position of that call: each anchor goes to the nearest call, strides being alike; the first call computes.
     """
-    computed = [step for step, row in enumerate(plan.schedule) if row[selector] == 1]
+    computed = [step for step, row in enumerate(plan.schedule) if row[selector] == Decision.COMPUTE]
     if last is None:
         return max((step for step in computed if step <= now), default=computed[0])
     half = max(now - last, 0.0) / 2
@@ -72,7 +73,7 @@ def coefficients(plan: Plan, selector: int, now: float, anchors: Sequence[float]
 
 
 def _coefficients(plan: Plan, selector: int, part: int, now: float, anchors: Sequence[float]) -> list[float]:
-    computed = [step for step, row in enumerate(plan.schedule) if row[selector] == 1]
+    computed = [step for step, row in enumerate(plan.schedule) if row[selector] == Decision.COMPUTE]
     begin = max((step for step in computed if step <= anchors[0] + 0.5), default=computed[0])
     gap = range(begin + 1, min((s for s in computed if s > begin), default=plan.steps))
     count = min(len(anchors), plan.anchors)

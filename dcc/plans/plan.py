@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dcc.decisions import Decision
 from dcc.errors import PlanError, PolicyError
-from dcc.plans.forms import flat, form_problem, form_text, rows_of, split
+from dcc.plans.forms import Form, TokensForm, flat, split
 from dcc.plans.predictors import Predictor
-from dcc.plans.triggers import Trigger, trigger_of
-from dcc.variants.refresh import has_tokens
+from dcc.plans.triggers import Trigger
 
 VERSION = 1
 
@@ -24,13 +26,13 @@ VERSION = 1
 class Plan:
     """A static schedule for one denoiser and one list of noise levels.
 
-    `schedule[step][k]` is 1 where the sites of selector `sites[k]` are computed at that step, 0 where they are
-    forecast and 2 where they are forecast but for some tokens (`forms[k]` has "tokens"); `coefficients[step][k]` then
-    weighs their anchors, newest first (empty at computed steps). `levels` are
-    the timestep values the denoiser is called with, in order. FLOPs are those of one whole run of one stream.
-    Where a `trigger` decides at run time, a 1 is a step that computes whatever it says, coefficients are empty, and
-    `predictors` (one a site) make them when the anchors are known. `forms[k]` says how site k is forecast other than by
-    one combination of whole anchors (forms.py); it is empty where all are plain.
+    `schedule[step][k]` is the Decision for the sites of selector `sites[k]` at that step; where they are not computed,
+    `coefficients[step][k]` weighs their anchors, newest first (empty at computed steps). `levels` are the timestep
+    values the denoiser is called with, in order. FLOPs are those of one whole run of one stream.
+    Where a `trigger` decides at run time, COMPUTE is a step that computes whatever it says, coefficients are empty, and
+    `predictors` (one per site) make them when the anchors are known. `forms[k]` says how site k is forecast other than
+    by one combination of whole anchors (forms.py), None where plain; it is empty where all are plain. Forms, triggers
+    and predictors may be given as a file holds them.
     `measured` is what the solver saw on prompts it had not fitted to, and `limits` the forecast error at each anchor
     above which a prompt is harder than those it was made for (guard.py); both are empty for a policy.
     """
@@ -48,11 +50,12 @@ class Plan:
     cache_bytes: int = 0
     measured: dict[str, Any] = field(default_factory=dict)
     limits: tuple[float, ...] = ()
-    predictors: tuple[dict[str, Any], ...] = ()
-    trigger: dict[str, Any] = field(default_factory=dict)
-    forms: tuple[dict[str, Any], ...] = ()
+    predictors: tuple[Predictor, ...] = ()
+    trigger: Trigger | None = None
+    forms: tuple[Form | None, ...] = ()
 
     def __post_init__(self) -> None:
+        _read_values(self)
         _check(self)
 
     @property
@@ -60,10 +63,10 @@ class Plan:
         """Number of sampler steps."""
         return len(self.levels)
 
-    @property
+    @functools.cached_property
     def anchors(self) -> int:
         """J: the largest number of anchors that any forecast reads, at least 1."""
-        needed = [Predictor.of(data).anchors for data in self.predictors]
+        needed = [predictor.anchors for predictor in self.predictors]
         lengths = [len(c) // self.parts(k) for row in self.coefficients for k, c in enumerate(row)]
         return max([*needed, *lengths], default=1) or 1
 
@@ -78,10 +81,21 @@ class Plan:
 
         Only that one under a trigger, which makes rows as it decides.
         """
-        if self.trigger:
-            return [(1,) * len(self.sites)]
-        full = (1,) * len(self.sites)
-        return [full, *sorted(set(self.schedule) - {full}, reverse=True)]
+        return list(self._rows)
+
+    @functools.cached_property
+    def _rows(self) -> tuple[tuple[int, ...], ...]:
+        full = (int(Decision.COMPUTE),) * len(self.sites)
+        others = set() if self.trigger else set(self.schedule) - {full}
+        return (full, *sorted(others, reverse=True))
+
+    @functools.cached_property
+    def _computed(self) -> tuple[tuple[int, ...], ...]:
+        """By selector, the steps that compute its sites."""
+        return tuple(
+            tuple(step for step, row in enumerate(self.schedule) if row[k] == Decision.COMPUTE)
+            for k in range(len(self.sites))
+        )
 
     @property
     def speedup(self) -> float:
@@ -91,8 +105,13 @@ class Plan:
         return self.flops_uncached / self.flops if self.flops else math.inf
 
     def parts(self, selector: int) -> int:
-        """How many forecasts the selector's form makes one of: rows of coefficients, one behind another."""
-        return rows_of(self.forms[selector]) if self.forms else 1
+        """How many forecasts the selector's form makes one of: rows of coefficients, one after another."""
+        form = self.form(selector)
+        return form.rows if form else 1
+
+    def form(self, selector: int) -> Form | None:
+        """The selector's form; None where it is plain."""
+        return self.forms[selector] if self.forms else None
 
     def weights(self, step: int, selector: int) -> list[tuple[float, ...]]:
         """The coefficients of a step by rows, each newest anchor first; empty rows where the step computes."""
@@ -100,11 +119,21 @@ class Plan:
 
     def anchor_steps(self, step: int, selector: int) -> list[int]:
         """Steps before `step` at which the selector's sites were computed, newest first, as many as are kept."""
-        return [s for s in range(step - 1, -1, -1) if self.schedule[s][selector] == 1][: self.anchors]
+        computed = self._computed[selector]
+        before = bisect.bisect_left(computed, step)
+        return list(computed[max(before - self.anchors, 0) : before][::-1])
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as a file holds it."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["predictors"] = [predictor.as_json() for predictor in self.predictors]
+        data["trigger"] = self.trigger.as_json() if self.trigger else {}
+        data["forms"] = [form.as_json() if form else {} for form in self.forms]
+        return {"dcc_plan": VERSION, **data}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, atomically: `path` holds the old file or the whole new one."""
-        text = json.dumps({"dcc_plan": VERSION, **asdict(self)}, indent=1)
+        text = json.dumps(self.as_json(), indent=1)
         part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
         part.write_text(text)
         os.replace(part, path)
@@ -137,11 +166,12 @@ class Plan:
         ]
         for k, site in enumerate(self.sites):
             lines.append(f"  site        {site}: {''.join(str(row[k]) for row in self.schedule)}")
-        for text in dict.fromkeys(form_text(form) for form in self.forms if form):
+        for text in dict.fromkeys(str(form) for form in self.forms if form):
             lines.append(f"  form        {text}")
         if self.trigger:
-            fields = ", ".join(f"{name}={value}" for name, value in self.trigger.items() if name != "kind")
-            lines.append(f"  trigger     {self.trigger['kind']}({fields}) decides the steps marked ?")
+            written = self.trigger.as_json()
+            settings = ", ".join(f"{name}={value}" for name, value in written.items() if name != "kind")
+            lines.append(f"  trigger     {self.trigger.kind}({settings}) decides the steps marked ?")
             return "\n".join(lines)
         lines.append(
             f"  expected    {self.speedup:.2f}x fewer FLOPs ({self.flops_uncached / 1e9:.2f} to {self.flops / 1e9:.2f} "
@@ -155,7 +185,12 @@ class Plan:
 
 def is_full(row: Sequence[int]) -> bool:
     """Whether a row of a schedule computes every site."""
-    return all(decision == 1 for decision in row)
+    return all(decision == Decision.COMPUTE for decision in row)
+
+
+def forecast_in(row: Sequence[int]) -> list[int]:
+    """The selectors whose sites a row of a schedule does not compute."""
+    return [k for k, decision in enumerate(row) if decision != Decision.COMPUTE]
 
 
 def make_plan(
@@ -169,25 +204,26 @@ def make_plan(
     policy: str,
     parameters: dict[str, Any],
     trigger: Trigger | None = None,
-    forms: Sequence[dict[str, Any]] = (),
+    forms: Sequence[Any] = (),
 ) -> Plan:
-    """A plan whose coefficients follow from the schedule and one predictor per selector; costs are filled in later.
+    """A plan whose coefficients follow from the schedule and one predictor per selector; with a trigger, at run time.
 
-    With a trigger they follow at run time.
+    `forms` are Forms, or as a file holds them. The costs are those of no graph in particular, 0: see
+    `dcc.variants.cost.planned`, which makes and prices a plan for one denoiser.
 
-    Raises PlanError where a site is forecast before it was ever computed.
+    Raises PlanError where a site is forecast before it was ever computed, and for a form that is none.
     """
     coefficients = []
+    read = _forms_of(forms)
     for step, row in enumerate(schedule):
         values: list[tuple[float, ...]] = []
-        for k, computed in enumerate(row):
-            anchors = [s for s in range(step - 1, -1, -1) if schedule[s][k] == 1]
-            if computed != 1 and not anchors:
+        for k, decision in enumerate(row):
+            anchors = [s for s in range(step - 1, -1, -1) if schedule[s][k] == Decision.COMPUTE]
+            if decision != Decision.COMPUTE and not anchors:
                 raise PlanError(f"step {step} forecasts {sites[k]!r} before any step computed it; compute step 0")
-            free = computed == 1 or trigger is not None
-            values.append(() if free else flat(forms[k] if forms else {}, predictors[k], step, anchors))
+            free = decision == Decision.COMPUTE or trigger is not None
+            values.append(() if free else flat(read[k] if read else None, predictors[k], step, anchors))
         coefficients.append(tuple(values))
-    plain, forms = json.loads(json.dumps([parameters, list(forms)]))  # as a file would give them back
     return Plan(
         model,
         scheduler,
@@ -196,10 +232,10 @@ def make_plan(
         tuple(tuple(int(v) for v in row) for row in schedule),
         tuple(coefficients),
         policy,
-        plain,
-        predictors=tuple(p.as_json() for p in predictors) if trigger is not None else (),
-        trigger=trigger.as_json() if trigger is not None else {},
-        forms=tuple(forms) if any(forms) else (),
+        json.loads(json.dumps(parameters)),  # as a file would give them back
+        predictors=tuple(predictors) if trigger is not None else (),
+        trigger=trigger,
+        forms=read if any(read) else (),
     )
 
 
@@ -232,6 +268,27 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
+def _read_values(plan: Plan) -> None:
+    """Forms, triggers and predictors that were given as a file holds them become what they are."""
+    try:
+        trigger = Trigger.from_json(plan.trigger) if plan.trigger else None
+        predictors = plan.predictors
+        if isinstance(predictors, (list, tuple)):
+            predictors = tuple(Predictor.from_json(data) for data in predictors)
+    except PolicyError as error:
+        raise PlanError(f"plan field 'trigger' or 'predictors': {error}") from error
+    forms = _forms_of(plan.forms) if isinstance(plan.forms, (list, tuple)) else plan.forms
+    for name, value in (("trigger", trigger), ("predictors", predictors), ("forms", forms)):
+        object.__setattr__(plan, name, value)
+
+
+def _forms_of(forms: Sequence[Any]) -> tuple[Form | None, ...]:
+    try:
+        return tuple(Form.from_json(json.loads(json.dumps(f)) if isinstance(f, dict) else f) for f in forms)
+    except PlanError as error:
+        raise PlanError(f"plan field 'forms' {error}") from error
+
+
 def _check(plan: Plan) -> None:
     def require(condition: bool, field_name: str, problem: str) -> None:
         if not condition:
@@ -241,7 +298,7 @@ def _check(plan: Plan) -> None:
         require(isinstance(getattr(plan, name), str), name, "must be a string")
     for name in ("levels", "sites", "schedule", "coefficients"):
         require(isinstance(getattr(plan, name), tuple), name, "must be a list")
-    for name in ("parameters", "measured", "trigger"):
+    for name in ("parameters", "measured"):
         require(isinstance(getattr(plan, name), dict), name, "must be an object")
     require(
         bool(plan.levels) and all(_finite(v) for v in plan.levels), "levels", "must be finite numbers, at least one"
@@ -276,22 +333,20 @@ def _check_table(plan: Plan, require: Callable[[bool, str, str], None]) -> None:
     for name in ("predictors", "forms"):
         value = getattr(plan, name)
         require(
-            isinstance(value, tuple) and len(value) in (0, width) and all(isinstance(v, dict) for v in value),
+            isinstance(value, tuple) and len(value) in (0, width),
             name,
             f"must be empty or hold {width} objects, one a site",
         )
     require(bool(plan.predictors) == bool(plan.trigger), "predictors", "must be there with a trigger, and only then")
-    try:
-        _ = plan.trigger and trigger_of(plan.trigger)
-        _ = [Predictor.of(data) for data in plan.predictors]
-    except PolicyError as error:
-        raise PlanError(f"plan field 'trigger' or 'predictors': {error}") from error
     for form in plan.forms:
-        problem = form_problem(form)
-        require(problem is None, "forms", problem or "")
-        require(not (form and plan.trigger), "forms", f"may have {', '.join(form)!r} in a static schedule only")
-    whole = [not has_tokens(form) for form in plan.forms or [{}] * width]
-    good = all(v in (0, 1) or (v == 2 and not whole[k]) for row in plan.schedule for k, v in enumerate(row))
+        require(
+            not (form and plan.trigger), "forms", f"may have {form.kind!r} in a static schedule only" if form else ""
+        )
+    whole = [not isinstance(plan.form(k), TokensForm) for k in range(width)]
+    plain = (Decision.FORECAST, Decision.COMPUTE)
+    good = all(
+        v in plain or (v == Decision.REFRESH and not whole[k]) for row in plan.schedule for k, v in enumerate(row)
+    )
     require(good, "schedule", "must hold 0 and 1 only, and 2 where the site's form has 'tokens'")
     computed = [0] * width
     for step, row in enumerate(plan.schedule):
@@ -303,7 +358,7 @@ def _check_table(plan: Plan, require: Callable[[bool, str, str], None]) -> None:
                 "coefficients",
                 f"{where} must be finite numbers",
             )
-            if full == 1 or plan.trigger:
+            if full == Decision.COMPUTE or plan.trigger:
                 require(not values, "coefficients", f"{where} must be empty, because the step computes")
                 computed[k] += 1
             else:

@@ -10,13 +10,34 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dcc.errors import PolicyError
 
 MAX_ORDER = 4
+RULES: dict[str, Callable[..., np.ndarray]] = {}  # by name; `rule` adds to both
+ORDERS: dict[str, tuple[int, int]] = {}  # the lowest and highest order, where they are not 1 and MAX_ORDER
+
+Rule = TypeVar("Rule", bound=Callable[..., np.ndarray])
+
+
+def rule(low: int = 1, high: int = MAX_ORDER) -> Callable[[Rule], Rule]:
+    """Makes a function `(step, anchors, **options) -> coefficients` a predictor of these orders, by its own name."""
+
+    def add(function: Rule) -> Rule:
+        RULES[function.__name__] = function
+        if (low, high) != (1, MAX_ORDER):
+            ORDERS[function.__name__] = (low, high)
+        return function
+
+    return add
+
+
+def orders_of(name: str) -> tuple[int, int]:
+    """The lowest and the highest order of a rule."""
+    return ORDERS.get(name, (1, MAX_ORDER))
 
 
 @dataclass(frozen=True)
@@ -30,7 +51,7 @@ class Predictor:
     def __post_init__(self) -> None:
         if self.name not in RULES:
             raise PolicyError(f"unknown predictor {self.name!r}; there are: {', '.join(RULES)}")
-        low, high = ORDERS.get(self.name, (1, MAX_ORDER))
+        low, high = orders_of(self.name)
         if not isinstance(self.order, int) or not low <= self.order <= high:
             raise PolicyError(f"order={self.order!r}: the {self.name} predictor takes an order from {low} to {high}")
         known = _options(self.name)
@@ -60,19 +81,21 @@ class Predictor:
         return [float(a) for a in RULES[self.name](step, used, **dict(self.options))]
 
     def as_json(self) -> dict[str, Any]:
-        """What `Predictor.of` reads."""
+        """What `from_json` reads."""
         return {"name": self.name, "order": self.order, "options": dict(self.options)}
 
     @classmethod
-    def of(cls, data: dict[str, Any]) -> Predictor:
+    def from_json(cls, data: Any) -> Predictor:
         """The predictor that `as_json` wrote. Raises PolicyError for anything else."""
+        if isinstance(data, Predictor):
+            return data
         try:
             return cls(data["name"], data["order"], tuple(data["options"].items()))
         except (KeyError, TypeError, AttributeError) as error:
             raise PolicyError(f"a predictor needs name, order and options; got {data!r:.80}") from error
 
     def __str__(self) -> str:
-        text = self.name if ORDERS.get(self.name, (1, MAX_ORDER)) == (0, 0) else f"{self.name} {self.order}"
+        text = self.name if orders_of(self.name) == (0, 0) else f"{self.name} {self.order}"
         return " ".join([text, *(f"{name}={value:g}" for name, value in self.options)])
 
 
@@ -111,11 +134,13 @@ class Table:
         return own if 0 < len(own) <= len(anchors) else [1.0]
 
 
+@rule(0, 0)
 def copy(step: float, anchors: Sequence[float]) -> np.ndarray:
     """The newest anchor as it is."""
     return np.eye(len(anchors))[0]
 
 
+@rule()
 def taylor(step: float, anchors: Sequence[float]) -> np.ndarray:
     """TaylorSeer in its published form (arXiv 2503.06923; repository Shenyi-Z/TaylorSeer, taylor_utils).
 
@@ -126,6 +151,18 @@ def taylor(step: float, anchors: Sequence[float]) -> np.ndarray:
     return _sum(_differences(anchors), lambda i: (step - anchors[0]) ** i / math.factorial(i))
 
 
+@rule()
+def newton(step: float, anchors: Sequence[float]) -> np.ndarray:
+    """The polynomial through all used anchors at `step` (Newton's and Lagrange's form are the same numbers)."""
+    weights = np.ones(len(anchors))
+    for j, own in enumerate(anchors):
+        for m, other in enumerate(anchors):
+            if m != j:
+                weights[j] *= (step - other) / (own - other)
+    return weights
+
+
+@rule()
 def hermite(step: float, anchors: Sequence[float], sigma: float = 0.5) -> np.ndarray:
     """HiCache (arXiv 2508.16984; repository fenglang918/HiCache): Taylor's differences on a scaled Hermite basis.
 
@@ -142,16 +179,6 @@ def hermite(step: float, anchors: Sequence[float], sigma: float = 0.5) -> np.nda
     return _sum(_differences(anchors), basis)
 
 
-def newton(step: float, anchors: Sequence[float]) -> np.ndarray:
-    """The polynomial through all used anchors at `step` (Newton's and Lagrange's form are the same numbers)."""
-    weights = np.ones(len(anchors))
-    for j, own in enumerate(anchors):
-        for m, other in enumerate(anchors):
-            if m != j:
-                weights[j] *= (step - other) / (own - other)
-    return weights
-
-
 def newton_through(step: float, anchors: Sequence[float], count: int) -> np.ndarray:
     """`newton` through the newest `count` anchors; the older ones weigh nothing."""
     weights = np.zeros(len(anchors))
@@ -159,6 +186,7 @@ def newton_through(step: float, anchors: Sequence[float], count: int) -> np.ndar
     return weights
 
 
+@rule()
 def adams_bashforth(step: float, anchors: Sequence[float]) -> np.ndarray:
     """AB-Cache (arXiv 2504.10540): the newest output is a linear combination of those before it.
 
@@ -169,6 +197,7 @@ def adams_bashforth(step: float, anchors: Sequence[float]) -> np.ndarray:
     return newton(step, anchors)
 
 
+@rule(2, 2)
 def foca(step: float, anchors: Sequence[float]) -> np.ndarray:
     """FoCa (arXiv 2508.16211): the feature as the solution of an ODE; a BDF2 prediction, then a Heun correction.
 
@@ -184,6 +213,7 @@ def foca(step: float, anchors: Sequence[float]) -> np.ndarray:
     return np.eye(3)[0] + (step - anchors[0]) * slope
 
 
+@rule()
 def momentum(step: float, anchors: Sequence[float], beta: float = 0.5) -> np.ndarray:
     """FeMo (openreview ih1oyr0j6y): the trend is a running mean of the slopes between anchors, not high derivatives.
 
@@ -195,26 +225,31 @@ def momentum(step: float, anchors: Sequence[float], beta: float = 0.5) -> np.nda
     return np.eye(len(anchors))[0] + (step - anchors[0]) * (weights @ slopes) / max(weights.sum(), 1.0)
 
 
+@rule(1, 1)
 def goc(step: float, anchors: Sequence[float], eta: float = 1.2) -> np.ndarray:
     """Gradient-optimised cache (arXiv 2503.05156; repository qiujx0520/GOC_ICCV2025): F0 + eta (F0 - F1)."""
     return _leaning(anchors, eta)
 
 
+@rule(1, 1)
 def extrapolate(step: float, anchors: Sequence[float], weight: float = 0.3) -> np.ndarray:
     """FasterCache's attention (arXiv 2410.19355; repository Vchitect/FasterCache): F0 + weight (F0 - F1)."""
     return _leaning(anchors, weight)
 
 
+@rule(1, 1)
 def bdf2(step: float, anchors: Sequence[float]) -> np.ndarray:
     """4/3 F0 - 1/3 F1: one of HyCa's solvers (arXiv 2510.04188), a damped step; not exact on a line."""
     return _leaning(anchors, 1 / 3)
 
 
+@rule(1, 1)
 def midpoint(step: float, anchors: Sequence[float]) -> np.ndarray:
     """3/2 F0 - 1/2 F1, half a step ahead: HyCa's Runge-Kutta 2 (arXiv 2510.04188)."""
     return _leaning(anchors, 1 / 2)
 
 
+@rule(2, 2)
 def adams_moulton(step: float, anchors: Sequence[float]) -> np.ndarray:
     """HyCa's implicit solver (arXiv 2510.04188): F0 + 5/12 (P - F0) + 2/3 (F0 - F1) - 1/12 (F1 - F2).
 
@@ -226,16 +261,19 @@ def adams_moulton(step: float, anchors: Sequence[float]) -> np.ndarray:
     return f0 + 5 / 12 * (forecast - f0) + 2 / 3 * (f0 - f1) - 1 / 12 * (f1 - f2)
 
 
+@rule(0, 0)
 def zero(step: float, anchors: Sequence[float]) -> np.ndarray:
     """Nothing: what is forecast is left out, as guidance is after a gate."""
     return np.zeros(1)
 
 
+@rule(0, 0)
 def scaled(step: float, anchors: Sequence[float], scale: float = 1.0) -> np.ndarray:
     """The newest anchor times a constant."""
     return np.array([scale])
 
 
+@rule(0, 0)
 def growing(
     step: float, anchors: Sequence[float], rate: float = 1.1, since: float = 0, until: float = math.inf
 ) -> np.ndarray:
@@ -274,16 +312,3 @@ def _sum(differences: Sequence[np.ndarray], factor: Callable[[int], float]) -> n
 
 def _options(name: str) -> list[str]:
     return list(inspect.signature(RULES[name]).parameters)[2:]
-
-
-RULES: dict[str, Callable[..., np.ndarray]] = {
-    rule.__name__: rule
-    for rule in (
-        copy, taylor, newton, hermite, adams_bashforth, foca, momentum, goc, extrapolate, bdf2, midpoint,
-        adams_moulton, zero, scaled, growing,
-    )
-}  # fmt: skip
-ORDERS = {
-    "copy": (0, 0), "zero": (0, 0), "scaled": (0, 0), "growing": (0, 0), "goc": (1, 1), "extrapolate": (1, 1),
-    "bdf2": (1, 1), "midpoint": (1, 1), "foca": (2, 2), "adams_moulton": (2, 2),
-}  # fmt: skip

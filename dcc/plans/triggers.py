@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
+from dcc.decisions import Decision
 from dcc.errors import PolicyError
+from dcc.plans.kinds import kinds_of
 
 BEFORE, AFTER = "before", "after"
 REFERENCES = ("previous", "anchor", "older", "forecast", "zero")
@@ -62,8 +64,8 @@ class Memory:
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-Decision = bool | tuple[int, ...]  # compute everything or forecast everything, or a row: 1, 0 or IDLE for each site
-IDLE = -1
+Decided = bool | tuple[int, ...]  # compute everything or forecast everything, or a row: a Decision for each site
+IDLE = Decision.IDLE
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Trigger:
         """What the graph must report."""
         raise NotImplementedError
 
-    def decide(self, memory: Memory, step: int, values: Values) -> Decision:
+    def decide(self, memory: Memory, step: int, values: Values) -> Decided:
         """Whether `step` computes, given the measures of "before". Changes nothing."""
         raise NotImplementedError
 
@@ -96,11 +98,31 @@ class Trigger:
 
     def sample_row(self, sites: int) -> tuple[int, ...]:
         """A row that this trigger may ask for besides computing everything."""
-        return (0,) * sites
+        return (int(Decision.FORECAST),) * sites
 
     def as_json(self) -> dict[str, Any]:
-        """What `trigger_of` reads."""
+        """What `from_json` reads."""
         return {"kind": self.kind, **asdict(self)}
+
+    @staticmethod
+    def from_json(data: Any) -> Trigger:
+        """The trigger that `as_json` wrote. Raises PolicyError for anything else."""
+        if isinstance(data, Trigger):
+            return data
+        kinds = kinds_of(Trigger)
+        if not isinstance(data, Mapping) or data.get("kind") not in kinds:
+            raise PolicyError(f"unknown trigger {data!r:.80}; there are: {', '.join(kinds)}")
+        cls = kinds[data["kind"]]
+        known = {f.name for f in fields(cls)}
+        unknown = [name for name in data if name not in known | {"kind"}]
+        if unknown:
+            raise PolicyError(
+                f"trigger {cls.kind!r} has no field {', '.join(unknown)}; it has: {', '.join(sorted(known))}"
+            )
+        try:
+            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items() if name != "kind"})
+        except TypeError as error:
+            raise PolicyError(f"trigger {cls.kind!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -331,7 +353,7 @@ class Layerwise(Trigger):
     def measures(self) -> tuple[Measure, ...]:
         return tuple(Measure(site, "anchor", self.norm, AFTER, residual=not self.prefix) for site in self.sites)
 
-    def decide(self, memory: Memory, step: int, values: Values) -> Decision:
+    def decide(self, memory: Memory, step: int, values: Values) -> Decided:
         within = [bool(memory.numbers.get(f"within {index}", 0.0)) for index in range(len(self.sites))]
         if step - memory.last >= self.period or not any(within):
             return True
@@ -375,7 +397,7 @@ class Coarsest(Trigger):
     def measures(self) -> tuple[Measure, ...]:
         return tuple(Measure(site, "anchor", when=AFTER) for site in self.sites)
 
-    def decide(self, memory: Memory, step: int, values: Values) -> Decision:
+    def decide(self, memory: Memory, step: int, values: Values) -> Decided:
         chosen = int(memory.numbers.get("chosen", IDLE))
         if chosen == IDLE or step - memory.last >= self.gap:
             return True
@@ -391,19 +413,3 @@ class Coarsest(Trigger):
         per_step = [change / (step - memory.last) for change in found if change is not None]
         fitting = [i for i, (c, bound) in enumerate(zip(per_step, self.bounds, strict=True)) if c < bound]
         memory.numbers["chosen"] = float(fitting[0] if fitting else IDLE)
-
-
-def trigger_of(data: Mapping[str, Any]) -> Trigger:
-    """The trigger that `as_json` wrote. Raises PolicyError for anything else."""
-    kinds = {kind.kind: kind for kind in Trigger.__subclasses__()}
-    if not isinstance(data, Mapping) or data.get("kind") not in kinds:
-        raise PolicyError(f"unknown trigger {data!r:.80}; there are: {', '.join(kinds)}")
-    cls = kinds[data["kind"]]
-    known = {f.name for f in fields(cls)}
-    unknown = [name for name in data if name not in known | {"kind"}]
-    if unknown:
-        raise PolicyError(f"trigger {cls.kind!r} has no field {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
-    try:
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items() if name != "kind"})
-    except TypeError as error:
-        raise PolicyError(f"trigger {cls.kind!r}: {error}") from error

@@ -15,10 +15,11 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from torch import Tensor
 
+from dcc.decisions import Decision
 from dcc.plans.plan import Plan
 from dcc.quality import mean_psnr
 from dcc.report.grid import amplification
-from dcc.report.report import Report, Row
+from dcc.report.rows import Comparison, Row
 from dcc.report.scatter import Point, scatter
 from dcc.text import decibels, human_bytes, human_seconds
 
@@ -26,14 +27,23 @@ LARGEST = 512  # pixels: larger pictures are shrunk to this side
 LOSSLESS = 128  # pixels: up to this side a picture is a PNG, shown pixel by pixel; above it a JPEG
 SIDE, CROWD = 192, 5  # pixels of a picture's width on the page; two thirds of it from this many plans on
 CELL, WIDEST = 16, 720  # pixels of a schedule's cell, and of a whole schedule
+COMPUTED, FORECAST, REFRESHED, DECIDED = "computed", "forecast", "refreshed", "decided"
+KINDS = {  # how a step may treat a site, and what the key of the drawing calls it
+    COMPUTED: "computed",
+    FORECAST: "forecast",
+    REFRESHED: "forecast but for some tokens",
+    DECIDED: "decided at run time",
+}
 
 
-def page(report: Report) -> str:
+def page(report: Comparison) -> str:
     """The HTML text."""
     colours = {row.name: to_hex(colormaps["tab10"](i % 10)) for i, row in enumerate(report.rows)}
     scored = [row for row in report.rows if row.psnr and not row.error]
     differences = [(own - reference).abs() for row in scored for reference, own in row.pictures.values()]
     factor = statistics.median_low([amplification(d.float()) for d in differences] or [1])
+    schedules = [_schedule(row.name, row.plan, colours[row.name]) for row in report.rows if row.plan]
+    drawn = {kind for schedule in schedules for line in schedule["lines"] for kind, _ in line["cells"]}
     environment = Environment(
         loader=PackageLoader("dcc.report"),
         autoescape=True,
@@ -46,7 +56,8 @@ def page(report: Report) -> str:
         summary=[_cells(report, row) | {"colour": colours[row.name]} for row in report.rows],
         reference=_cells(report, report.reference),
         plot=_plot(report, scored, colours) if scored else None,
-        schedules=[_schedule(row.name, row.plan, colours[row.name]) for row in report.rows if row.plan],
+        schedules=schedules,
+        kinds={kind: text for kind, text in KINDS.items() if kind in drawn},
         scenes=[_scene(report, scored, i, factor) for i in _first_prompts(scored, report.shown)],
         worst=[_panels(row, row.worst, factor, report) for row in scored if _has_worst(row)],
         factor=factor,
@@ -55,7 +66,7 @@ def page(report: Report) -> str:
     )
 
 
-def _cells(report: Report, row: Row) -> dict[str, Any]:
+def _cells(report: Comparison, row: Row) -> dict[str, Any]:
     """A row of the summary table as text; empty for what was not measured."""
     plan, measured = row.plan, bool(row.seconds)
 
@@ -84,7 +95,7 @@ def _cells(report: Report, row: Row) -> dict[str, Any]:
     }
 
 
-def _plot(report: Report, scored: list[Row], colours: dict[str, str]) -> str:
+def _plot(report: Comparison, scored: list[Row], colours: dict[str, str]) -> str:
     """The scatter plot as a data URI."""
 
     def points(speedup: Any) -> list[Point]:
@@ -111,14 +122,22 @@ def _schedule(name: str, plan: Plan, colour: str) -> dict[str, Any]:
     for column, sites in lines.items():
         k = plan.sites.index(sites[0])
         label = sites[0] if len(sites) == 1 else f"{sites[0]} and {len(sites) - 1} more"
-        cells = [
-            (full, f"step {s}, level {plan.levels[s]:.4g}: {'computed' if full else _forecast(plan, s, k)}")
-            for s, full in enumerate(column)
-        ]
+        cells = []
+        for step, decision in enumerate(column):
+            kind = _kind(plan, decision)
+            said = _forecast(plan, step, k) if kind in (FORECAST, REFRESHED) else kind
+            cells.append((kind, f"step {step}, level {plan.levels[step]:.4g}: {said}"))
         drawn.append({"label": label, "title": ", ".join(sites), "cells": cells})
     full = f"{sum(plan.steps_mask)} of {plan.steps} full steps, {plan.policy}"
     size = min(CELL, WIDEST / plan.steps)
     return {"name": name, "colour": colour, "full": full, "lines": drawn, "cell": size, "steps": plan.steps}
+
+
+def _kind(plan: Plan, decision: int) -> str:
+    """How a cell of a schedule is drawn: a key of KINDS."""
+    if plan.trigger and decision != Decision.COMPUTE:
+        return DECIDED
+    return {Decision.COMPUTE: COMPUTED, Decision.REFRESH: REFRESHED}.get(Decision(decision), FORECAST)
 
 
 def _forecast(plan: Plan, step: int, k: int) -> str:
@@ -127,7 +146,8 @@ def _forecast(plan: Plan, step: int, k: int) -> str:
         ", ".join(f"{w:+.3g} of step {s}" for w, s in zip(weights, anchors, strict=False))
         for weights in plan.weights(step, k)
     ]
-    return f"forecast, {'; '.join(rows)}"
+    refreshed = plan.schedule[step][k] == Decision.REFRESH
+    return f"{KINDS[REFRESHED] if refreshed else FORECAST}, {'; '.join(rows)}"
 
 
 def _first_prompts(scored: list[Row], shown: int) -> list[int]:
@@ -139,7 +159,7 @@ def _has_worst(row: Row) -> bool:
     return row.worst in row.pictures and math.isfinite(row.psnr[row.worst])
 
 
-def _scene(report: Report, scored: list[Row], index: int, factor: int) -> dict[str, Any]:
+def _scene(report: Comparison, scored: list[Row], index: int, factor: int) -> dict[str, Any]:
     """One prompt through the reference and every plan."""
     rows = [row for row in scored if index in row.pictures]
     return {
@@ -150,7 +170,7 @@ def _scene(report: Report, scored: list[Row], index: int, factor: int) -> dict[s
     }
 
 
-def _panels(row: Row, index: int, factor: int, report: Report) -> dict[str, Any]:
+def _panels(row: Row, index: int, factor: int, report: Comparison) -> dict[str, Any]:
     reference, own = (part.float() for part in row.pictures[index])
     similar = f", SSIM\u00a0{row.ssim[index]:.3f}" if row.ssim else ""
     return {

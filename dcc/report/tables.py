@@ -11,11 +11,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from dcc.decisions import Decision
 from dcc.plans.plan import Plan, describe
 from dcc.policies import Method
 from dcc.quality import mean_psnr
 from dcc.report.report import Report, Row
 from dcc.text import decibels, human_bytes, human_seconds
+
+STYLES = {Decision.COMPUTE: "bold green", Decision.REFRESH: "cyan"}  # of a step in a row of steps; others are dim
 
 
 def demo_table(report: Report, row: Row, title: str | None = None) -> Table:
@@ -55,10 +58,10 @@ def plan_table(plan: Plan) -> Table:
         # full steps stand out by weight and, without colours, as 1 against 0
         mask = Text()
         for row in plan.schedule:
-            mask.append(str(row[k]), "bold green" if row[k] else "dim")
+            mask.append(str(row[k]), STYLES.get(row[k], "dim"))
         table.add_row("  steps", mask)
     if plan.trigger:
-        table.add_row("trigger", Text(f"{plan.trigger['kind']}; decides at run time where a step shows 0"))
+        table.add_row("trigger", Text(f"{plan.trigger.kind}; decides at run time where a step shows 0"))
         return table
     table.add_row("expected", f"{plan.speedup:.2f}x fewer denoiser FLOPs")
     table.add_row("", f"{plan.flops_uncached / 1e9:.2f} to {plan.flops / 1e9:.2f} GFLOP a run and stream")
@@ -83,7 +86,13 @@ def steps_table(plan: Plan) -> Table:
                 ", ".join(f"{w:+.3g} of {s}" for w, s in zip(weights, anchors, strict=False))
                 for weights in plan.weights(step, k)
             ]
-            cells.append(Text("; ".join(rows), "dim") if any(rows) else Text("computed", "green"))
+            refreshed = plan.schedule[step][k] == Decision.REFRESH
+            text = "; ".join([*(["some tokens computed"] if refreshed else []), *rows])
+            decided = plan.trigger and plan.schedule[step][k] != Decision.COMPUTE
+            if decided:
+                cells.append(Text("decided at run time", "yellow"))
+            else:
+                cells.append(Text(text, "cyan" if refreshed else "dim") if any(rows) else Text("computed", "green"))
         table.add_row(str(step), f"{level:.4g}", *cells)
     return table
 

@@ -6,9 +6,10 @@ import functools
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from dcc.decisions import Decision
 from dcc.plans import mapping
 from dcc.plans.forms import split
-from dcc.plans.plan import Plan, is_full
+from dcc.plans.plan import Plan, forecast_in, is_full
 from dcc.plans.predictors import newton
 from dcc.serve.session import Sessions, Stream
 from dcc.variants.build import Family
@@ -62,7 +63,7 @@ class Schedule:
     def _turns(self) -> list[Turn]:
         turns = []
         for step, row in enumerate(self.plan.schedule):
-            weights = tuple(self.plan.coefficients[step][k] for k, decision in enumerate(row) if decision != 1)
+            weights = tuple(self.plan.coefficients[step][k] for k in forecast_in(row))
             turns.append(Turn(row, weights, step))
         return turns
 
@@ -81,23 +82,20 @@ class Schedule:
             plan = self.plan
             known[step] = [
                 (k, list(plan.anchor_steps(step, k)[: len(plan.weights(step, k)[0])]))
-                for k, decision in enumerate(plan.schedule[step])
-                if decision != 1
+                for k in forecast_in(plan.schedule[step])
             ]
         return known[step]
 
     def rows(self, turn: Turn) -> list[tuple[float, ...]]:
         """Rows of coefficients of the selectors that a turn forecasts: as many for each as its form has parts."""
-        forecast = [k for k, decision in enumerate(turn.row) if decision != 1]
-        pairs = zip(forecast, turn.weights, strict=True)
+        pairs = zip(forecast_in(turn.row), turn.weights, strict=True)
         return [part for k, values in pairs for part in split(values, self.plan.parts(k))]
 
     def _near(self, family: Family, stream: Stream, step: float, row: tuple[int, ...]) -> Turn:
         near = min(NEAR, self.plan.anchors)
         weights = tuple(
             tuple(newton(step, self._kept(family, stream, k)[:near]).tolist()) * self.plan.parts(k)
-            for k, decision in enumerate(row)
-            if decision != 1
+            for k in forecast_in(row)
         )
         return Turn(row, weights, weights)
 
@@ -113,15 +111,16 @@ class Schedule:
             for k, (new, old) in enumerate(zip(reached, served, strict=True))
         )
         planned = plan.schedule[min(max(round(step), 0), plan.steps - 1)]
-        row = tuple(near if not own and near != 1 else own for own, near in zip(row, planned, strict=True))
+        row = tuple(
+            near if own == Decision.FORECAST and near != Decision.COMPUTE else own
+            for own, near in zip(row, planned, strict=True)
+        )
         if row not in family.variants:
             row = self.full.row
         stream.served = reached
         self.sessions.count("mapped", "computed" if is_full(row) else "forecast")
         weights = tuple(
-            tuple(mapping.coefficients(plan, k, step, self._kept(family, stream, k)))
-            for k, decision in enumerate(row)
-            if decision != 1
+            tuple(mapping.coefficients(plan, k, step, self._kept(family, stream, k))) for k in forecast_in(row)
         )
         return Turn(row, weights, weights)
 

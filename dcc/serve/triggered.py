@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcc.decisions import Decision
 from dcc.discover.sites import Sites
 from dcc.lower.program import Programs
 from dcc.passes.base import Port
 from dcc.passes.values import Distance, Output, Watched
 from dcc.plans.plan import Plan, is_full
-from dcc.plans.predictors import Predictor
-from dcc.plans.triggers import Memory, trigger_of
+from dcc.plans.triggers import Memory
 from dcc.record.call import Call
 from dcc.record.recorder import Recording
 from dcc.serve.binding import Binding, Tables
@@ -95,8 +95,8 @@ class TriggeredRunner:
     def __init__(self, plan: Plan, run: Recording, programs: Programs, sessions: Sessions, guard: Any = None) -> None:
         self.plan, self.recording, self.programs, self.sessions = plan, run, programs, sessions
         self.tables = Tables()
-        self.trigger = trigger_of(plan.trigger)
-        self.predictors = [Predictor.of(data) for data in plan.predictors]
+        self.trigger = plan.trigger
+        self.predictors = plan.predictors
 
     def build(self, sites: Sites) -> Family:
         """The graphs of the plan for one captured graph."""
@@ -261,7 +261,7 @@ class TriggeredRunner:
         rings = [
             (watch.rings[group[0].name], predictor)
             for group, predictor, d in zip(graphs.selected, self.predictors, row, strict=True)
-            if d == 0
+            if d == Decision.FORECAST
         ]
         drafted = [watch.seen[graphs.ports[m]] for m in graphs.looks(row) if m.against == "forecast"]
         rings += [(ring, self.predictors[0]) for ring in drafted]

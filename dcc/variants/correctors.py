@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,35 +24,18 @@ from dcc.discover.sites import LINEAR, Sites
 from dcc.errors import PlanError
 from dcc.passes.base import Correction, Port, Site
 from dcc.passes.graph import is_tensor, nodes_by_name
-
-FIELDS = {"low_rank": ("kind", "rank", "channels"), "linear": ("kind", "weights")}
-
-
-def corrector_problem(spec: Any) -> str | None:
-    """What is wrong with a form's "corrector", None where nothing is."""
-    if not isinstance(spec, dict) or spec.get("kind") not in FIELDS:
-        return f"must be an object whose 'kind' is one of {', '.join(FIELDS)}"
-    wanted = FIELDS[spec["kind"]]
-    if set(spec) != set(wanted):
-        return f"of kind {spec['kind']!r} must have {', '.join(wanted)}; it has {', '.join(sorted(spec))}"
-    if spec["kind"] == "linear":
-        return None if isinstance(spec["weights"], str) else "must have a path as its 'weights'"
-    rank = spec["rank"]
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        return "must have a whole number of 1 or more as its 'rank'"
-    return None if spec["channels"] is None or isinstance(spec["channels"], str) else "must have a path as 'channels'"
+from dcc.plans.forms import CorrectorForm, Form
 
 
-def corrections(form: Mapping[str, Any], group: Sequence[Site], sites: Sites) -> list[Correction]:
+def corrections(form: Form | None, group: Sequence[Site], sites: Sites) -> list[Correction]:
     """The maps that a form puts beside the sites of a group, none for other forms.
 
     Raises PlanError for sites that are not of the right kind, and for files that cannot be read or do not fit.
     """
-    if "corrector" not in form:
+    if not isinstance(form, CorrectorForm):
         return []
-    spec = form["corrector"]
-    make = _low_rank if spec["kind"] == "low_rank" else _linear
-    return [correction for site in group for correction in make(spec, site, sites)]
+    make = _low_rank if form.map == "low_rank" else _linear
+    return [correction for site in group for correction in make(form, site, sites)]
 
 
 def corrected(site: Site, made: Sequence[Correction], live: bool = True) -> Site:
@@ -115,7 +98,7 @@ def _from_file(correction: Correction) -> tuple[Tensor, ...]:
     return tuple(_tensors(correction.file, [f"{correction.key}.weight", f"{correction.key}.bias"]))
 
 
-def _low_rank(spec: Mapping[str, Any], site: Site, sites: Sites) -> list[Correction]:
+def _low_rank(form: CorrectorForm, site: Site, sites: Sites) -> list[Correction]:
     nodes = nodes_by_name(sites.captured.graph_module)
     if site.kind != LINEAR:
         raise PlanError(f"{site.name!r} is no linear layer, which a low-rank corrector needs; choose 'linears'")
@@ -123,14 +106,14 @@ def _low_rank(spec: Mapping[str, Any], site: Site, sites: Sites) -> list[Correct
     if weight.op != "placeholder":
         raise PlanError(f"{site.name!r}: the layer's weight is computed in the graph, so it has no factors beforehand")
     out, channels = weight.meta["val"].shape
-    rank = min(spec["rank"], int(out), int(channels))
-    path, shapes = spec["channels"] or "", ((rank, int(channels)), (int(out), rank))
+    rank = min(form.rank, int(out), int(channels))
+    path, shapes = form.channels or "", ((rank, int(channels)), (int(out), rank))
     if path and (found := _tensors(path, [site.name])[0].shape) != (channels,):
         raise PlanError(f"{path}: {site.name!r} has shape {list(found)}; the layer takes {channels} channels")
     return [Correction(site.name, 0, source.name, shapes, weight.name, path, site.name if path else "")]
 
 
-def _linear(spec: Mapping[str, Any], site: Site, sites: Sites) -> list[Correction]:
+def _linear(form: CorrectorForm, site: Site, sites: Sites) -> list[Correction]:
     nodes = nodes_by_name(sites.captured.graph_module)
     found = []
     for index, port in enumerate(site.ports):
@@ -139,10 +122,10 @@ def _linear(spec: Mapping[str, Any], site: Site, sites: Sites) -> list[Correctio
         key = site.name if index == 0 else f"{site.name}.{index}"
         channels, out = (sites.costs[name].shape[-1] for name in (port.base, port.out))
         shapes = ((out, channels), (out,))
-        given = [tuple(t.shape) for t in _tensors(spec["weights"], [f"{key}.weight", f"{key}.bias"])]
+        given = [tuple(t.shape) for t in _tensors(form.weights, [f"{key}.weight", f"{key}.bias"])]
         if tuple(given) != shapes:
-            raise PlanError(f"{spec['weights']}: {key!r} has shapes {given}; the site needs {list(shapes)}")
-        found.append(Correction(site.name, index, port.base, shapes, file=spec["weights"], key=key))
+            raise PlanError(f"{form.weights}: {key!r} has shapes {given}; the site needs {list(shapes)}")
+        found.append(Correction(site.name, index, port.base, shapes, file=form.weights, key=key))
     return found
 
 

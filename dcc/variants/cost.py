@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from dcc.decisions import Decision
 from dcc.discover.sites import PROBE, Sites
 from dcc.discover.subject import Subject
 from dcc.errors import PlanError
 from dcc.passes.base import GUIDANCE, Site
+from dcc.plans.forms import Form
 from dcc.plans.plan import Plan, make_plan, with_costs
 from dcc.variants.correctors import corrected, map_flops
 from dcc.variants.observe import Observer
@@ -46,10 +48,10 @@ def cost(plan: Plan, sites: Sites) -> Plan:
 
 
 def row_flops(
-    sites: Sites, selected: Sequence[Sequence[Site]], row: Sequence[int], forms: Sequence[dict[str, Any]] = ()
+    sites: Sites, selected: Sequence[Sequence[Site]], row: Sequence[int], forms: Sequence[Form | None] = ()
 ) -> int:
     """FLOPs of one call that forecasts the sites that the row does not compute, but for the tokens it refreshes."""
-    skipped = [s for k, decision in enumerate(row) if decision != 1 for s in selected[k]]
+    skipped = [s for k, decision in enumerate(row) if decision != Decision.COMPUTE for s in selected[k]]
     forecast = [p for s in skipped if s.kind != GUIDANCE for p in s.ports]
     whole = refresh_flops(sites, forecast, refreshes(sites, selected, forms, row))
     return whole // 2 if any(s.kind == GUIDANCE for s in skipped) else whole
@@ -62,7 +64,7 @@ def _check(plan: Plan, groups: Sequence[Sequence[Site]]) -> None:
     for row in plan.rows:
         owner: dict[str, str] = {}
         for k, name in enumerate(plan.sites):
-            inside = [site for site in groups[k] if row[k] != 1 and site.kind != GUIDANCE]
+            inside = [site for site in groups[k] if row[k] != Decision.COMPUTE and site.kind != GUIDANCE]
             for out in [port.out for site in inside for port in site.ports]:
                 if owner.setdefault(out, name) != name:
                     raise PlanError(

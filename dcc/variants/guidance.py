@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from dcc.capture.captured import Captured
+from dcc.decisions import Decision
 from dcc.discover.sites import Sites
 from dcc.discover.token_grid import token_grid
 from dcc.errors import PlanError
 from dcc.passes.base import GUIDANCE, Site
+from dcc.plans.forms import TokensForm
 from dcc.plans.plan import Plan
 from dcc.plans.predictors import Predictor
 from dcc.record.call import Call
@@ -23,7 +25,9 @@ ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative distance of eq
 
 def forecasts_guidance(row: Sequence[int], selected: Sequence[Sequence[Site]]) -> bool:
     """Whether a row of the schedule runs the conditional half only."""
-    return any(d != 1 and any(s.kind == GUIDANCE for s in group) for d, group in zip(row, selected, strict=True))
+    return any(
+        d != Decision.COMPUTE and any(s.kind == GUIDANCE for s in group) for d, group in zip(row, selected, strict=True)
+    )
 
 
 def check_plan(plan: Plan, selected: Sequence[Sequence[Site]]) -> None:
@@ -32,9 +36,9 @@ def check_plan(plan: Plan, selected: Sequence[Sequence[Site]]) -> None:
     halved = [forecasts_guidance(row, selected) for row in plan.schedule]
     for step, row in enumerate(plan.schedule if any(halved) else ()):
         for k, decision in enumerate(row):
-            if decision == 1 or any(site.kind == GUIDANCE for site in selected[k]):
+            if decision == Decision.COMPUTE or any(site.kind == GUIDANCE for site in selected[k]):
                 continue
-            if halved[step] and plan.forms and "tokens" in plan.forms[k]:
+            if halved[step] and isinstance(plan.form(k), TokensForm):
                 raise PlanError(
                     f"step {step} forecasts 'uncond' and refreshes tokens of {plan.sites[k]!r}, whose state is that of "
                     "the whole batch; compute one of them"

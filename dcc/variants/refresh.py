@@ -1,8 +1,4 @@
-"""Which tokens of which sites a row computes afresh: from a plan's "tokens" forms to passes/refresh_tokens.py.
-
-A form is {"tokens": {"select": ..., "ratio": ..., ...}}: `select` is "norm", "random", "cluster" or "noise", `ratio`
-the share of a site's tokens, or a list with one a site of the group, and the rest are the selector's numbers (OPTIONS).
-"""
+"""Which tokens of which sites a row computes afresh: from a plan's TokensForms to passes/refresh_tokens.py."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from dcc.decisions import Decision
 from dcc.discover.sites import Sites
 from dcc.errors import PlanError
 from dcc.passes.base import Refresh, Site
@@ -19,54 +16,23 @@ from dcc.passes.dataflow import OUTPUT
 from dcc.passes.graph import nodes_by_name, output_node, shape, sizes
 from dcc.passes.residual_stream import SHAPE_CHANGES, SUMS, op_name
 from dcc.passes.token_wise import Region, residual_ends, token_region
-
-OPTIONS = {  # the numbers of each selector
-    "norm": ("sign", "age"),  # +1 for large norms first, -1 for small ones; what a step of waiting adds to the score
-    "random": (),
-    "cluster": ("clusters", "share"),  # K; how far the other tokens of a cluster follow its fresh one
-    "noise": ("starvation", "sign"),  # weight of a drop in the exponent; +1 for large deviations first, -1 for small
-}
-NO_RATIO = ("cluster",)  # one token a cluster
-
-
-def has_tokens(form: dict[str, Any]) -> bool:
-    """Whether a plan's form lets the schedule hold a 2: forecast, but some tokens computed afresh."""
-    return "tokens" in form
-
-
-def form_problem(form: dict[str, Any]) -> str | None:
-    """What is wrong with a form's "tokens", None where nothing is."""
-    spec = form.get("tokens")
-    if spec is None:
-        return None
-    if not isinstance(spec, dict) or spec.get("select") not in OPTIONS:
-        return f"'tokens' must be an object whose 'select' is one of {', '.join(OPTIONS)}"
-    wanted = {"select", *OPTIONS[spec["select"]], *(() if spec["select"] in NO_RATIO else ("ratio",))}
-    if set(spec) != wanted:
-        return f"'tokens' with select={spec['select']!r} must have {', '.join(sorted(wanted))}; it has {sorted(spec)}"
-    numbers = [v for name in wanted - {"select"} for v in _listed(spec[name])]
-    if not numbers or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers):
-        return "'tokens' must hold numbers besides 'select'"
-    if not all(0 < ratio <= 1 for ratio in _listed(spec.get("ratio", 1.0))):
-        return "'tokens' must have a ratio in (0, 1], or a list of them, one a site"
-    return None
+from dcc.plans.forms import Form, TokensForm
 
 
 def refreshes(
-    sites: Sites, selected: Sequence[Sequence[Site]], forms: Sequence[dict[str, Any]], row: Sequence[int]
+    sites: Sites, selected: Sequence[Sequence[Site]], forms: Sequence[Form | None], row: Sequence[int]
 ) -> tuple[Refresh, ...]:
     """What a row of the schedule does with each site whose form has tokens. Raises PlanError where one cannot."""
-    if not any(map(has_tokens, forms)):
+    if not any(isinstance(form, TokensForm) for form in forms):
         return ()
     nodes = nodes_by_name(sites.captured.graph_module)
     output = output_node(sites.captured.graph_module).args[0][0]
     found: list[Refresh] = []
     sums: dict[str, Node] = {}
     for k, form in enumerate(forms):
-        if not has_tokens(form):
+        if not isinstance(form, TokensForm):
             continue
-        spec = form["tokens"]
-        ratios = _listed(spec.get("ratio", 1.0))
+        ratios = form.ratios
         if len(ratios) not in (1, len(selected[k])):
             raise PlanError(f"'tokens' has {len(ratios)} ratios for {len(selected[k])} sites; give one, or one a site")
         for index, site in enumerate(selected[k]):
@@ -75,13 +41,13 @@ def refreshes(
                 Refresh(
                     site,
                     row[k],
-                    spec["select"],
+                    form.select,
                     float(ratios[index % len(ratios)]),
                     region.nodes,
                     region.ends,
-                    tuple((name, float(spec[name])) for name in OPTIONS[spec["select"]]),
+                    tuple((name, float(value)) for name, value in form.options),
                     salt=len(found),
-                    last=_output_last(nodes, site, output) if spec["select"] == "noise" else None,
+                    last=_output_last(nodes, site, output) if form.select == "noise" else None,
                 )
             )
     return tuple(_led(refresh, found, nodes, sums) for refresh in found)
@@ -120,7 +86,7 @@ def refresh_flops(sites: Sites, forecast: Sequence[Any], refreshed: Sequence[Ref
 
     The choice of tokens is not counted.
     """
-    flow, fresh = sites.flow, [refresh for refresh in refreshed if refresh.decision == 2]
+    flow, fresh = sites.flow, [refresh for refresh in refreshed if refresh.decision == Decision.REFRESH]
     taken = {
         name
         for refresh in fresh
@@ -137,9 +103,9 @@ def refresh_flops(sites: Sites, forecast: Sequence[Any], refreshed: Sequence[Ref
     return total
 
 
-def state_bytes(selected: Sequence[Sequence[Site]], forms: Sequence[dict[str, Any]]) -> int:
+def state_bytes(selected: Sequence[Sequence[Site]], forms: Sequence[Form | None]) -> int:
     """Bytes of the corrections that refreshed sites keep besides their anchors; scores and labels are not counted."""
-    return sum(site.bytes for k, form in enumerate(forms) if has_tokens(form) for site in selected[k])
+    return sum(site.bytes for k, form in enumerate(forms) if isinstance(form, TokensForm) for site in selected[k])
 
 
 def _share(refresh: Refresh, nodes: dict[str, Node], sites: Sites) -> float:
@@ -196,7 +162,3 @@ def _output_last(nodes: dict[str, Node], site: Site, output: Node) -> bool | Non
 
 def _tokens(nodes: dict[str, Node], site: Site) -> str:
     return str(shape(nodes[site.ports[0].out])[1])
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dcc.decisions import Decision
 from dcc.discover.sites import Sites
 from dcc.passes.base import GUIDANCE, SITES, Correction, Form, Group, Order, Row, Site, Table
 from dcc.passes.coalesce_forecasts import Selected
@@ -14,9 +15,10 @@ from dcc.passes.insert_cache_writes import Writes
 from dcc.passes.insert_correctors import Corrections
 from dcc.passes.insert_guidance import Guidance
 from dcc.passes.refresh_tokens import Refreshes
-from dcc.plans.forms import form_of
+from dcc.plans.forms import Form as PlanForm
 from dcc.plans.plan import Plan
 from dcc.variants.correctors import corrected, corrections
+from dcc.variants.forms import form_of
 from dcc.variants.hoisted import hoisted
 from dcc.variants.observe import Observer
 from dcc.variants.refresh import refreshes
@@ -65,13 +67,13 @@ class Selection:
 
     def row(self, decisions: Sequence[int]) -> Row:
         """What a row of the schedule asks of the passes."""
-        cached = [any(row[k] != 1 for row in self.plan.schedule) for k in range(len(self.plan.sites))]
         kept, groups, first = self.kept, [], 0
         for sites, form, decision in zip(kept, self.forms, decisions, strict=True):
-            if decision != 1:
+            if decision != Decision.COMPUTE:
                 groups.append(Group(sites, first, form))
                 first += form.rows if form else 1
-        computed = [s for k, d in enumerate(decisions) if d == 1 and cached[k] for s in kept[k]]
+        stored = [k for k, d in enumerate(decisions) if d == Decision.COMPUTE and _forecasts(self.plan, k)]
+        computed = [site for k in stored for site in kept[k]]
         orders = [
             Corrections(self.maps),
             Refreshes(refreshes(self.sites, self.joined, used_forms(self.plan), decisions)),
@@ -95,7 +97,10 @@ def cache_orders(computed: Sequence[Site], groups: Sequence[Group], table: Table
     return [Writes(sites), Reads(reads, table), Guidance(kept, joined, table)]
 
 
-def used_forms(plan: Plan) -> list[dict]:
-    """The plan's form for each selector, empty where it is plain and where every step computes."""
-    forms = plan.forms or [{}] * len(plan.sites)
-    return [form if any(row[k] != 1 for row in plan.schedule) else {} for k, form in enumerate(forms)]
+def used_forms(plan: Plan) -> list[PlanForm | None]:
+    """The plan's form for each selector, None where it is plain and where every step computes."""
+    return [plan.form(k) if _forecasts(plan, k) else None for k in range(len(plan.sites))]
+
+
+def _forecasts(plan: Plan, selector: int) -> bool:
+    return any(row[selector] != Decision.COMPUTE for row in plan.schedule)

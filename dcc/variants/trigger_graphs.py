@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from dcc.decisions import Decision
 from dcc.discover.sites import Sites
 from dcc.errors import PolicyError
 from dcc.passes.base import GUIDANCE, Group, Look, Port, Row, Site, Table
@@ -20,7 +21,7 @@ from dcc.passes.insert_measures import Measures
 from dcc.passes.split_at import ancestors, prefix, suffix
 from dcc.passes.values import Distance, Watched, emitted
 from dcc.plans.plan import Plan, is_full
-from dcc.plans.triggers import BEFORE, Measure, trigger_of
+from dcc.plans.triggers import BEFORE, Measure
 from dcc.variants.selection import cache_orders
 from dcc.variants.variant import Variant
 
@@ -35,7 +36,7 @@ class TriggerGraphs:
     ) -> None:
         self.plan, self.sites, self.selected, self.make = plan, sites, selected, make
         self.captured = captured = sites.captured
-        trigger = trigger_of(plan.trigger)
+        trigger = plan.trigger
         self.measures = trigger.measures
         self.full = (1,) * len(plan.sites)
         self.ports = {measure: self._port(measure) for measure in self.measures}
@@ -125,8 +126,8 @@ class TriggerGraphs:
         watched = self.watched(row) if measured else [*self.watched(None), *self.watched(self.full)]
         looks = [self.look(m) for m in self.looks(row)] if measured else []
         ports = dict.fromkeys([*watched, *(look.port for look in looks)])
-        computed = [s for group, d in zip(self.selected, row, strict=True) if d == 1 for s in group]
-        forecast = [tuple(group) for group, d in zip(self.selected, row, strict=True) if d == 0]
+        computed = [s for group, d in zip(self.selected, row, strict=True) if d == Decision.COMPUTE for s in group]
+        forecast = [tuple(group) for group, d in zip(self.selected, row, strict=True) if d == Decision.FORECAST]
         groups = [Group(sites, index) for index, sites in enumerate(forecast)]
         orders = cache_orders(computed, groups, Table(len(groups), self.plan.anchors))
         return Row((*orders, Measures(tuple(ports), tuple(looks), self.plan.anchors)))
@@ -143,7 +144,8 @@ class TriggerGraphs:
 
     def _flops(self, row: tuple[int, ...]) -> int:
         flow, costs = self.sites.flow, self.sites.costs
-        forecast = [p for g, d in zip(self.selected, row, strict=True) if d == 0 for s in g for p in s.ports]
+        groups = [group for group, d in zip(self.selected, row, strict=True) if d == Decision.FORECAST]
+        forecast = [port for group in groups for site in group for port in site.ports]
         verified = [self.ports[m].out for m in self.looks(row)]
         needed = flow.needed(forecast) | self.inside
         needed |= flow.needed_for(verified, forecast)

@@ -1,0 +1,17 @@
+"""Finds the kinds of a value that plan files name: the subclasses of its base that have a `kind`."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def kinds_of(base: type[T]) -> dict[str, type[T]]:
+    """Subclasses by kind, those of subclasses too; a new class is in as soon as it is defined."""
+    found: dict[str, type[T]] = {}
+    for cls in base.__subclasses__():
+        if "kind" in vars(cls):
+            found[cls.kind] = cls  # type: ignore[attr-defined]
+        found |= kinds_of(cls)
+    return found
