@@ -12,9 +12,9 @@ from typing import Any
 from subjects import Changes, Contestant, Knob, Subject, budgets, count_knob, evenly, interval_knob
 
 import dcc
-from dcc.compiler import cost
-from dcc.plans.plan import Plan, make_plan
+from dcc.plans.plan import Plan
 from dcc.plans.predictors import Predictor
+from dcc.variants.cost import planned
 
 PLANS = Path(__file__).parent / "results" / "plans"
 
@@ -74,7 +74,7 @@ def _fewer_steps(subject: Subject) -> Iterator[Contestant]:
 def dcc_plan(subject: Subject, pipe: Any, plan: Plan) -> Iterator[Changes]:
     """A plan, on the eager backend."""
     target = subject.target(pipe)
-    target.install(subject.compiled.with_plan(cost(plan, subject.sites)))
+    target.install(subject.compiled.with_plan(plan))
     try:
         yield {"num_inference_steps": plan.steps}
     finally:
@@ -89,12 +89,10 @@ def dcc_policy(
     if full_steps:
         options["steps_mask"] = evenly(subject.steps, full_steps)
     parameters = {"site": site, **options}
-    plan = subject.plan(pipe, policy, parameters)
+    plan = subject.plan(policy, parameters)
     if newton:
-        plan = make_plan(
-            model=plan.model,
-            scheduler=plan.scheduler,
-            levels=plan.levels,
+        plan = planned(
+            subject.compiled.subject,
             sites=plan.sites,
             schedule=plan.schedule,
             predictors=[Predictor("newton", newton)] * len(plan.sites),

@@ -177,9 +177,9 @@ def shares(net: dcc.CompiledDenoiser, depth: float) -> dict[str, Any]:
 
     "released" are those with `depth` times as many blocks: what stands outside of them then weighs less.
     """
-    captured, sites = net.families[0].captured, dcc.sites(net)
+    captured, sites = net.subject.captured, net.subject.sites
     graph_module, costs, flow = captured.graph_module, sites.costs, sites.flow
-    moving, clock = moving_inputs(captured), captured.inputs[net.recording.time]
+    moving, clock = moving_inputs(sites), captured.inputs[net.recording.time]
     used = flow.needed()
     fixed = invariants(graph_module, moving) & used
     timed = (invariants(graph_module, moving - {clock}) & used) - fixed
@@ -243,9 +243,10 @@ def paired(case: Case, plain: nn.Module, held: nn.Module, repeats: int) -> tuple
 def time_case(case: Case, repeats: int, backend: str) -> dict[str, Any]:
     """One row of the table."""
     net = case.build()
-    held = dcc.compile(net, [0], sample=loop(case), policy="interval", interval=1, backend=backend)
+    held = dcc.compiled(dcc.compile(net, [0], sample=loop(case), policy="interval", interval=1, backend=backend))
+    dcc.restore(net)
     plain = held.with_plan(held.plan)
-    plain.families[:] = [build(held.families[0].captured, held.plan, Observer(), hoist=False)]
+    plain.families[:] = [build(held.plan, held.subject.sites, Observer(), hoist=False)]
     seconds, difference = paired(case, plain, held, repeats)
     row = {"case": case.name, "class": case.cls, "sizes": case.sizes, "difference": difference}
     row |= shares(held, case.depth)

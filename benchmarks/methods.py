@@ -12,7 +12,6 @@ from typing import Any
 from subjects import Contestant, DoesNotRun, Subject
 
 import dcc
-from dcc.compiler import cost
 from dcc.errors import DccError
 from dcc.policies import POLICIES
 
@@ -100,8 +99,7 @@ def methods(subject: Subject) -> Iterator[Contestant]:
 def policy(subject: Subject, pipe: Any, policy: str, parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A policy on the eager backend."""
     try:
-        plan = subject.plan(policy, parameters)
-        net = subject.compiled.with_plan(cost(plan, subject.sites))
+        net = subject.compiled.with_plan(subject.plan(policy, parameters))
     except DccError as error:
         raise DoesNotRun(str(error)) from error
     subject.target(pipe).install(net)

@@ -34,7 +34,7 @@ def images(pipe: Any, call: dict[str, Any], batch: int = BATCH) -> torch.Tensor:
 def served(pipe: Any, plan: dcc.Plan, call: dict[str, Any], reference: torch.Tensor, **options: Any) -> dict[str, Any]:
     """PSNR and denoiser calls of a plan; one prompt at a time where the guard is on, since it acts on a whole batch."""
     dcc.compile(pipe, dcc.demo.prompts("calib")[:4], plan=plan, backend="eager", **options, **call)
-    net = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+    net = dcc.compiled(pipe)
     values = psnr(images(pipe, call, 1 if options else BATCH), reference)
     counts = net.sessions.counts
     dcc.restore(pipe)

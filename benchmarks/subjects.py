@@ -26,10 +26,13 @@ class DoesNotRun(Exception):
 
 
 class Subject:
-    """A demo pipeline: how it is called, its clean instance, and what contestants share."""
+    """A demo pipeline: how it is called, its clean instance, and what contestants share.
 
-    def __init__(self, name: str) -> None:
-        self.name, self.call = name, dcc.demo.settings(name)
+    `changes` are arguments of the call other than the pipeline was trained for, such as fewer steps for a trial.
+    """
+
+    def __init__(self, name: str, **changes: Any) -> None:
+        self.name, self.call = name, dcc.demo.settings(name) | changes
         self.steps: int = self.call["num_inference_steps"]
         self.pipe = dcc.demo.load(name)
 
@@ -54,26 +57,24 @@ class Subject:
         """A CompiledDenoiser of the clean pipeline, whose capture serves every plan."""
         calib = dcc.demo.prompts("calib")
         dcc.compile(self.pipe, calib, policy="interval", interval=1, backend="eager", **self.call)
-        net = self.target().module
+        net = dcc.compiled(self.pipe)
         dcc.restore(self.pipe)
         return net
 
     @cached_property
     def sites(self) -> Any:
         """The sites of the denoiser."""
-        return dcc.sites(self.compiled)
+        return self.compiled.subject.sites
 
     @cached_property
     def setting(self) -> Any:
         """What policies may look at, measured once, on calibration prompts."""
-        net, prompts = self.compiled, dcc.demo.prompts("calib")[:CALIBRATION]
-        captured = net.families[0].captured
-        return setting_of(self.target(), net.recording, captured, self.sites, prompts, progress=lambda line: None)
+        prompts = dcc.demo.prompts("calib")[:CALIBRATION]
+        return setting_of(self.compiled.subject, prompts, progress=lambda line: None)
 
     def plan(self, policy: str, parameters: dict[str, Any]) -> Any:
-        """The plan of a policy for this pipeline at its usual number of steps."""
-        decided = make_policy(policy, self.setting, parameters)
-        return plan_for(decided, self.setting, self.compiled.recording, self.target(), policy, parameters)
+        """The plan of a policy for this pipeline; a policy that is calibrated is so on calibration prompts."""
+        return plan_for(make_policy(policy, self.setting, parameters), self.compiled.subject, policy, parameters)
 
 
 Install = Callable[..., AbstractContextManager[Changes | None]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.metadata
 import json as jsonlib
 import os
 import re
@@ -13,24 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from diffusers.utils import logging as diffusers_logging  # noqa: TID251 - only to silence it while it loads
 from rich.console import Console
 from rich.status import Status
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 import dcc
 from dcc.errors import DccError, DemoError, PipelineError, PolicyError, PromptError, SettingError
-from dcc.lower.program import check_backend
-from dcc.policies import DEFAULT_POLICY, POLICIES, Setting, make_policy, parameter_names
-from dcc.record.target import load_pipeline
 from dcc.text import count, decibels
 
 # About three times fewer denoiser FLOPs on both demo pipelines.
 INTERVALS = {"taylorseer": 4, "interval": 3}
+CALIBRATION = 8  # prompts that policies measure on, other ones than those they are scored on
 
 
 class Commands(TyperGroup):
@@ -59,7 +55,7 @@ app.add_typer(plan_app, name="plan")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"dcc {dcc.__version__} (torch {torch.__version__})")
+        typer.echo(f"dcc {dcc.__version__} (torch {importlib.metadata.version('torch')})")
         raise typer.Exit()
 
 
@@ -75,7 +71,7 @@ def main(
 @app.command()
 def demo(
     pipeline: Annotated[str, typer.Option(help="The embedded pipeline: mmdit or unet.")] = "mmdit",
-    policy: Annotated[str, typer.Option(help="The caching policy; `dcc policies` lists them.")] = DEFAULT_POLICY,
+    policy: Annotated[str, typer.Option(help="The caching policy; `dcc policies` lists them.")] = "taylorseer",
     interval: Annotated[int | None, typer.Option(help="A full step every so many steps.")] = None,
     order: Annotated[int | None, typer.Option(help="The order of forecasts, where the policy takes one.")] = None,
     site: Annotated[str | None, typer.Option(help="What to cache; `dcc sites` lists the names.")] = None,
@@ -86,6 +82,9 @@ def demo(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads. The demo models are too small for many.")] = 1,
 ) -> None:
     """Draw held-out prompts uncached and cached, time both, and lay the images side by side."""
+    from dcc.lower.program import check_backend
+    from dcc.policies import Setting, make_policy
+
     settings = dcc.demo.settings(pipeline)
     given = {"interval": INTERVALS.get(policy) if interval is None else interval, "order": order, "site": site}
     parameters = {name: value for name, value in given.items() if value is not None}
@@ -93,12 +92,8 @@ def demo(
         make_policy(policy, Setting(range(settings["num_inference_steps"])), parameters)
     check_backend(backend)
     out = _writable(out or Path(f"dcc-demo-{pipeline}.png"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with _threads(threads):
         _demo(pipeline, settings, {"policy": policy, **parameters}, prompts, backend, out, seed)
-    finally:
-        torch.set_num_threads(before)
 
 
 @app.command("policies")
@@ -107,6 +102,7 @@ def show_policies(
     as_json: Annotated[bool, typer.Option("--json", help="Every fact, for programs.")] = False,
 ) -> None:
     """List the published methods that dcc runs, by class of the survey (arXiv 2510.19755), or show one."""
+    from dcc.policies import POLICIES, parameter_names
     from dcc.report.tables import policies_table, policy_table
 
     if name is not None:
@@ -139,6 +135,7 @@ def evaluate(
 
     Without any, the policies of `dcc demo`.
     """
+    from dcc.lower.program import check_backend
     from dcc.report.evaluate import named  # refuses bad names before any work
 
     policies = [parse_policy(text) for text in policy or []]
@@ -151,23 +148,20 @@ def evaluate(
     check_backend(backend)
     call = dcc.demo.settings(pipeline) if pipeline in dcc.demo.names() else {}
     call |= {} if steps is None else {"num_inference_steps": steps}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with _threads(threads):
         with Stages() as stages:
             stages(f"loading {pipeline}")
             report = dcc.evaluate(
                 _load(pipeline),
                 wanted,
                 dcc.demo.prompts("test")[:prompts],
+                calib_prompts=dcc.demo.prompts("calib")[:CALIBRATION],
                 backend=backend,
                 batch_size=batch_size,
                 seed=seed,
                 progress=stages.grouped,
                 **call,
             )
-    finally:
-        torch.set_num_threads(before)
     console = Console(highlight=False)
     console.print(report)
     for path, save in ((html, report.save_html), (csv, report.to_csv), (json, report.to_json)):
@@ -228,21 +222,30 @@ def plan_search(
     call = dcc.demo.settings(pipeline) if pipeline in dcc.demo.names() else {}
     call |= {} if steps is None else {"num_inference_steps": steps}
     texts = dcc.demo.prompts("calib") if prompts is None else _lines(prompts)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with _threads(threads):
         with Stages() as stages:
             stages(f"loading {pipeline}")
             budget = {"speedup": speedup, "quality": quality, "latency": latency, "cache_bytes": cache_bytes}
             plan = dcc.plan(
                 _load(pipeline), texts[:number], effort=effort, seed=seed, progress=stages.grouped, **budget, **call
             )
-    finally:
-        torch.set_num_threads(before)
     plan.save(out)
     console = Console(highlight=False)
     console.print(plan_table(plan))
     console.print(f"written: {out}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """So many CPU threads inside."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _plans(paths: list[Path]) -> dict[str, dcc.Plan]:
@@ -263,6 +266,8 @@ def _demo(
     name: str, settings: dict[str, Any], caching: dict[str, Any], number: int, backend: str, out: Path, seed: int
 ) -> None:
     """Runs a pipeline uncached and cached in turn, then prints and draws what came out."""
+    import torch
+
     from dcc.report.grid import save_grid
     from dcc.report.tables import demo_table, plan_table
 
@@ -274,7 +279,15 @@ def _demo(
         pipe = _load(name)
         wanted = {"cached": (policy, caching)}
         report = dcc.evaluate(
-            pipe, wanted, prompts, seed=seed, backend=backend, progress=stages.grouped, shown=number, **settings
+            pipe,
+            wanted,
+            prompts,
+            calib_prompts=dcc.demo.prompts("calib")[:CALIBRATION],
+            seed=seed,
+            backend=backend,
+            progress=stages.grouped,
+            shown=number,
+            **settings,
         )
         row = report["cached"]
         if row.error:
@@ -305,6 +318,8 @@ def _load(pipeline: str) -> Any:
                 raise PipelineError(f"{pipeline}: not a saved diffusers pipeline, it has no model_index.json")
             return dcc.demo.load(pipeline)
         try:
+            from dcc.record.target import load_pipeline
+
             return load_pipeline(pipeline)
         except Exception as error:  # diffusers raises many kinds, KeyError for one; each means that it cannot be loaded
             raise PipelineError(f"{pipeline}: cannot be loaded: {type(error).__name__}: {error}") from error
@@ -313,6 +328,9 @@ def _load(pipeline: str) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Neither progress bars nor advice from the libraries that load a pipeline; errors are raised as ever."""
+    from diffusers.utils import logging as diffusers_logging  # noqa: TID251 - only to silence it while it loads
+    from transformers.utils import logging as transformers_logging
+
     loggers = [diffusers_logging, transformers_logging]
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in loggers]
     try:

@@ -40,9 +40,7 @@ def test_the_shipped_schema_is_the_one_of_the_dataclasses():
     jsonschema.Draft202012Validator.check_schema(schema.plan_schema())
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "benchmarks" / "results" / "plans").rglob("*.json")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted(RELEASED.rglob("*.json")), ids=lambda path: path.stem)
 def test_plans_of_earlier_versions_satisfy_it(path):
     VALIDATOR.validate(json.loads(path.read_text()))
     assert dcc.Plan.load(path).steps > 0

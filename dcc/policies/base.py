@@ -69,6 +69,7 @@ class Setting:
     ) -> None:
         self.levels = tuple(levels)
         self._sites, self._profile, self._values, self._score = sites, profile, values, score
+        self.asked: list[str] = []  # what was measured for a policy, each time that one asked
 
     @property
     def steps(self) -> int:
@@ -80,17 +81,24 @@ class Setting:
         """The sites of the captured denoiser."""
         return self._given(self._sites, "the sites of a captured denoiser")
 
-    @functools.cached_property
+    @property
     def profile(self) -> Profile:
         """The profile of the calibration prompts."""
+        self.asked.append("profile")
+        return self._measured_profile
+
+    @functools.cached_property
+    def _measured_profile(self) -> Profile:
         return self._given(self._profile, "a calibration profile")()
 
     def values(self, site: str) -> Tensor:
         """True values of a site (its largest port) in one uncached run of the first prompt: [steps, batch, ...]."""
+        self.asked.append(f"values of {site}")
         return self._given(self._values, "recorded values")(site)
 
     def score(self, policy: Policy) -> float:
         """Mean PSNR in dB of the final samples of the calibration prompts under another policy."""
+        self.asked.append("score")
         return self._given(self._score, "runs of the calibration prompts")(policy)
 
     def has(self, site: str) -> bool:

@@ -48,6 +48,7 @@ def evaluate(
     plans_or_policies: Any,
     prompts: Sequence[Any],
     *,
+    calib_prompts: Sequence[Any] | None = None,
     sample: Callable[[nn.Module, Any], Any] | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -68,6 +69,8 @@ def evaluate(
         plans_or_policies: a dict of names to, or a list of: a Plan, the name of a policy, or
             (name of a policy, its parameters), e.g. {"fast": ("taylorseer", {"interval": 6}), "mine": plan}.
         prompts: what to sample; the noise of prompt i comes from seed + i alone.
+        calib_prompts: what policies that are calibrated measure on. Without any they measure on `prompts`, on which
+            they are scored, too, and their rows say so.
         sample: for a bare module: sample(net, prompt) runs one sampling loop with `net` and returns the final sample
             (tensor, array or image of any shape).
         batch_size: prompts a run that measures quality, 1 if not given. Time is always measured with single prompts:
@@ -89,10 +92,14 @@ def evaluate(
         target = make_target(original, sample, pipeline_kwargs)
         reference = Arm(Row(UNCACHED, base.plan), base)
         subject = replace(base.subject, target=target)
-        setting = setting_of(subject, prompts, seed=seed, progress=say)
+        calibration = prompts if calib_prompts is None else _check_calibration(model, calib_prompts)
+        setting = setting_of(subject, calibration, seed=seed, progress=say)
         arms: list[Arm] = []
         for name, value in wanted.items():
+            asked = len(setting.asked)
             arms.append(_prepare(name, value, base, [arm.net for arm in arms if arm.net], setting, subject, say))
+            if calib_prompts is None and len(setting.asked) > asked:
+                arms[-1].row.notes.append("calibrated on the prompts that it is scored on; give calib_prompts=")
         scoring = _Scoring(data_range, is_pipeline(model), shown)
         _take_turns(target, reference, arms, prompts, seed, batch_size or 1, scoring, say)
     for arm in (reference, *arms):
@@ -316,6 +323,10 @@ def _uncompiled(model: Any) -> Iterator[Any]:
     """The model without what dcc has set on it; that is back at the end, whatever happens."""
     with installed(denoiser_of(model), None):
         yield model
+
+
+def _check_calibration(model: Any, prompts: Any) -> list[Any]:
+    return check_prompts(prompts, text=is_pipeline(model))
 
 
 def _made_up(policy: str, parameters: Mapping[str, Any]) -> str:

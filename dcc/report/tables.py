@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import statistics
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group
@@ -13,10 +14,13 @@ from rich.text import Text
 
 from dcc.decisions import Decision
 from dcc.plans.plan import Plan, describe
-from dcc.policies import Method
 from dcc.quality import mean_psnr
-from dcc.report.report import Report, Row
 from dcc.text import decibels, human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from dcc.policies import Method
+    from dcc.report.report import Report
+    from dcc.report.rows import Row
 
 STYLES = {Decision.COMPUTE: "bold green", Decision.REFRESH: "cyan"}  # of a step in a row of steps; others are dim
 
