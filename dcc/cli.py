@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -156,7 +156,7 @@ def evaluate(
                 wanted,
                 dcc.demo.prompts("test")[:prompts],
                 calib_prompts=dcc.demo.prompts("calib")[:CALIBRATION],
-                backend=backend,
+                backend=cast(Any, backend),
                 batch_size=batch_size,
                 seed=seed,
                 progress=stages.grouped,
@@ -227,7 +227,13 @@ def plan_search(
             stages(f"loading {pipeline}")
             budget = {"speedup": speedup, "quality": quality, "latency": latency, "cache_bytes": cache_bytes}
             plan = dcc.plan(
-                _load(pipeline), texts[:number], effort=effort, seed=seed, progress=stages.grouped, **budget, **call
+                _load(pipeline),
+                texts[:number],
+                effort=cast(Any, effort),
+                seed=seed,
+                progress=stages.grouped,
+                **budget,
+                **call,
             )
     plan.save(out)
     console = Console(highlight=False)
@@ -284,7 +290,7 @@ def _demo(
             prompts,
             calib_prompts=dcc.demo.prompts("calib")[:CALIBRATION],
             seed=seed,
-            backend=backend,
+            backend=cast(Any, backend),
             progress=stages.grouped,
             shown=number,
             **settings,
@@ -294,6 +300,7 @@ def _demo(
             raise DemoError(row.error)
         stages(f"writing {out}")
         plan = row.plan
+        assert plan is not None  # a row that has not failed
         full = f"{sum(plan.steps_mask)} of {plan.steps} steps computed in full"
         headline = f"{name}: {plan.policy}, {full}, speed-up {report.speedup(row):.2f}x"
         before, after = (torch.stack(images) for images in zip(*row.pictures.values(), strict=True))

@@ -14,7 +14,7 @@ from dcc.capture.export import capture
 from dcc.discover.sites import Sites, find_sites
 from dcc.discover.subject import Subject
 from dcc.errors import PipelineError, PlanError, PolicyError
-from dcc.lower.program import check_backend, start_inductor
+from dcc.lower.program import Backend, Mode, check_backend, start_inductor
 from dcc.measure.profile import Profile
 from dcc.plans import mapping
 from dcc.plans.plan import Plan
@@ -30,7 +30,7 @@ from dcc.record.target import (
     recording,
     restore_target,
 )
-from dcc.search.budget import DEFAULT_EFFORT, Candidates, budget_of, plan_within
+from dcc.search.budget import DEFAULT_EFFORT, Candidates, Effort, budget_of, plan_within
 from dcc.serve.denoiser import CompiledDenoiser
 from dcc.serve.guard import Guard
 from dcc.serve.summary import Summary
@@ -45,7 +45,7 @@ def compile(
     quality: float | None = None,
     latency: float | None = None,
     cache_bytes: int | None = None,
-    effort: str = DEFAULT_EFFORT,
+    effort: Effort = DEFAULT_EFFORT,
     guard: bool = False,
     policy: str | None = None,
     plan: Plan | None = None,
@@ -53,8 +53,8 @@ def compile(
     sample: Callable[[nn.Module, Any], Any] | None = None,
     data_range: float | None = None,
     seed: int = 0,
-    backend: str = "inductor",
-    mode: str = "default",
+    backend: Backend = "inductor",
+    mode: Mode = "default",
     progress: Callable[[str], None] | None = None,
     **parameters: Any,
 ) -> Any:
@@ -113,6 +113,7 @@ def compile(
         setting = setting_of(subject, prompts, seed=seed, progress=say, profile=profile)
         plan = plan_for(make_policy(policy, setting, policy_kwargs), subject, policy, policy_kwargs)
     else:
+        assert budget is not None
         candidates = Candidates(subject, backend)
         plan = plan_within(candidates, budget, prompts, seed=seed, data_range=data_range, progress=say, profile=profile)
     if guard and not plan.limits:
@@ -212,11 +213,11 @@ def plan(
     quality: float | None = None,
     latency: float | None = None,
     cache_bytes: int | None = None,
-    effort: str = DEFAULT_EFFORT,
+    effort: Effort = DEFAULT_EFFORT,
     sample: Callable[[nn.Module, Any], Any] | None = None,
     data_range: float | None = None,
     seed: int = 0,
-    backend: str = "inductor",
+    backend: Backend = "inductor",
     progress: Callable[[str], None] | None = None,
     **call_kwargs: Any,
 ) -> Plan:

@@ -27,7 +27,10 @@ from dcc.passes.graph import nodes_by_name, same_shape
 class Facts(Protocol):
     """What is known of the captured graph (dcc.discover.sites.Sites)."""
 
-    flops: int
+    @property
+    def flops(self) -> int:
+        """Those of one call."""
+        ...
 
     @property
     def graph_module(self) -> GraphModule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -74,7 +74,7 @@ def symbols(size: Any) -> set[str]:
 
 def carries_batch(graph_module: GraphModule, node: Node) -> bool:
     """Whether a value has the samples of the batch as its first dimension, as the graph's first output has."""
-    output = output_node(graph_module).args[0][0]
+    output = returned(graph_module)[0]
     batch, first = str(shape(output)[0]), shape(node)[:1]
     return bool(first) and batch in symbols(first[0]) and sizes(node)[0] == sizes(output)[0]
 
@@ -82,6 +82,16 @@ def carries_batch(graph_module: GraphModule, node: Node) -> bool:
 def output_node(graph_module: GraphModule) -> Node:
     """The graph's output node; its first argument is a flat tuple."""
     return next(iter(reversed(graph_module.graph.nodes)))
+
+
+def returned(graph_module: GraphModule) -> tuple[Node, ...]:
+    """The nodes whose values the graph returns, in order."""
+    return cast("tuple[Node, ...]", output_node(graph_module).args[0])
+
+
+def arguments(node: Node) -> tuple[Any, ...]:
+    """The positional arguments of a call; which of them are nodes is the operator's matter."""
+    return cast("tuple[Any, ...]", node.args)
 
 
 def insert_call(graph_module: GraphModule, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:

@@ -31,7 +31,7 @@ from dcc.passes.graph import (
     insert_call,
     node_of,
     nodes_by_name,
-    output_node,
+    returned,
     shape,
 )
 from dcc.passes.values import Anchor, declare
@@ -68,7 +68,7 @@ class InsertCacheReads(Pass):
                     ports[port.out] = (group, site, index, port)
         if not ports:
             return 0
-        batch = shape(next(iter(output_node(graph_module).args[0])))[0]
+        batch = shape(next(iter(returned(graph_module))))[0]
         coefficients = coefficient_input(graph_module, order.table, batch)
         for name in reversed(in_graph_order(graph_module, ports)):
             group, site, index, port = ports[name]

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from dcc.errors import PassError
 from dcc.passes.base import Group, Order, Pass, Site, Table
 from dcc.passes.forms import coefficient_input, insert_read
-from dcc.passes.graph import insert_call, nodes_by_name, output_node, shape
+from dcc.passes.graph import insert_call, nodes_by_name, output_node, returned, shape
 from dcc.passes.values import Anchor, Write, declare, emit
 
 aten = torch.ops.aten
@@ -61,7 +61,7 @@ class InsertGuidance(Pass):
         """The denoiser's output, as it is now: itself or what forecasts it."""
         if site.ports[0].out not in nodes_by_name(graph_module):
             raise PassError(f"{self.name}: the graph has no node {site.ports[0].out!r}; the site is another capture's")
-        return output.args[0][0]
+        return returned(graph_module)[0]
 
     @staticmethod
     def _join(graph_module: GraphModule, value: Node, site: Site, group: Group, table: Table) -> None:
@@ -74,7 +74,7 @@ class InsertGuidance(Pass):
             added = insert_read(graph_module, group, site, site.ports[0], coefficients, anchors)
             unconditional = insert_call(graph_module, aten.add.Tensor, value, added)
             joined = insert_call(graph_module, aten.cat.default, [unconditional, value])
-        output.args = ((joined, *output.args[0][1:]),)
+        output.args = ((joined, *returned(graph_module)[1:]),)
 
 
 def _halves(graph_module: GraphModule, value: Node) -> list[Node]:

@@ -20,15 +20,7 @@ from torch.fx import GraphModule, Node
 
 from dcc.kernels import combine, distance
 from dcc.passes.base import Look, Order, Pass, Port
-from dcc.passes.graph import (
-    current,
-    insert_call,
-    is_tensor,
-    node_of,
-    nodes_by_name,
-    output_node,
-    shape,
-)
+from dcc.passes.graph import current, insert_call, is_tensor, node_of, nodes_by_name, output_node, returned, shape
 from dcc.passes.values import Coefficients, Distance, Seen, Watched, declare, emit, input_node
 
 aten = torch.ops.aten
@@ -102,6 +94,6 @@ class InsertMeasures(Pass):
 
 def _batched_input(graph_module: GraphModule) -> Node:
     """A graph input that is as long as the output's batch; the output itself would keep the whole graph alive."""
-    output = output_node(graph_module).args[0][0]
+    output = returned(graph_module)[0]
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder" and is_tensor(n) and shape(n)]
     return next((n for n in inputs if str(shape(n)[0]) == str(shape(output)[0])), output)

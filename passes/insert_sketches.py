@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from dcc.kernels import sketch
 from dcc.passes.base import Order, Pass, Site
-from dcc.passes.graph import in_graph_order, insert_call, node_of, nodes_by_name, output_node, sizes
+from dcc.passes.graph import in_graph_order, insert_call, node_of, nodes_by_name, output_node, returned, sizes
 
 aten = torch.ops.aten
 TOGETHER = 2**18
@@ -53,7 +53,7 @@ class InsertSketches(Pass):
             with graph_module.graph.inserting_before(_after(members[-1])):
                 stacked = insert_call(graph_module, aten.stack.default, members)
                 extra += [_summary(graph_module, function, stacked, like) for function in WIDTHS]
-        output.args = ((*output.args[0], *extra),)
+        output.args = ((*returned(graph_module), *extra),)
         return len(extra)
 
 

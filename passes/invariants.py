@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dcc.passes.costs import Cost
-from dcc.passes.graph import is_tensor, output_node
+from dcc.passes.graph import arguments, is_tensor, returned
 
 FLOPS_PER_BYTE = 8  # a core does about ten FLOPs while it reads a byte of memory, a GPU a hundred: below, make it anew
 PASSES_SAVED = 2  # without FLOPs: bytes written on the way to a value, of its own; one pass is fused with what reads it
@@ -65,7 +65,7 @@ def worth_hoisting(
     chosen: the caller may write into it.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    left = {*kept, *(name for node in output_node(graph_module).args[0] for name in _aliases(node))}
+    left = {*kept, *(name for node in returned(graph_module) for name in _aliases(node))}
     while True:
         fixed = invariants(graph_module, moving, left)
         found = frontier(graph_module, fixed)
@@ -77,7 +77,7 @@ def worth_hoisting(
 
 def is_size(node: Node) -> bool:
     """Whether the node reads a size of a graph input."""
-    return node.target is torch.ops.aten.sym_size.int and node.args[0].op == "placeholder"
+    return node.target is torch.ops.aten.sym_size.int and arguments(node)[0].op == "placeholder"
 
 
 def is_pure(node: Node) -> bool:
@@ -93,7 +93,7 @@ def is_pure(node: Node) -> bool:
 def is_alias(node: Node) -> bool:
     """Whether the value shares its first argument's memory, or may: views, and casts that may have nothing to do."""
     if node.target is operator.getitem:
-        return is_alias(node.args[0])
+        return is_alias(arguments(node)[0])
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not node.all_input_nodes:
         return False
@@ -114,7 +114,7 @@ def _without_dropout(node: Node) -> bool:
 def _root(node: Node) -> Node:
     """The node that made the memory in which the value lies."""
     while is_alias(node):
-        node = node.args[0]
+        node = arguments(node)[0]
     return node
 
 
@@ -122,7 +122,7 @@ def _aliases(node: Node) -> list[str]:
     """Names of the node and of those whose memory it shares."""
     names = [node.name]
     while is_alias(node):
-        node = node.args[0]
+        node = arguments(node)[0]
         names.append(node.name)
     return names
 

@@ -26,7 +26,7 @@ from torch.fx.node import map_arg
 from dcc.decisions import Decision
 from dcc.kernels import select_tokens as tokens
 from dcc.passes.base import Order, Pass, Refresh
-from dcc.passes.graph import insert_call, node_of, nodes_by_name, output_node, shape, sizes
+from dcc.passes.graph import insert_call, node_of, nodes_by_name, output_node, returned, shape, sizes
 from dcc.passes.values import Input, Next, State, Step, declare, emit
 
 aten = torch.ops.aten
@@ -134,7 +134,7 @@ class _Editor:
     def asked_for(self, refresh: Refresh, value: Node) -> Node:
         """The tokens that the output of the step before asked for, as the site counts its tokens."""
         if self.asked is None:
-            here, output = self.here, self.output.args[0][0]
+            here, output = self.here, returned(self.graph_module)[0]
             score = self.input(State("noise"), self.per_token(output, torch.float32))
             self.here = score.next
             while self.here.op == "placeholder":
@@ -150,7 +150,7 @@ class _Editor:
 
     def look_ahead(self, refresh: Refresh) -> None:
         """Scores the tokens of this call's output for the next step."""
-        self.here, output = self.output, self.output.args[0][0]
+        self.here, output = self.output, returned(self.graph_module)[0]
         drops = self.numbers(output, tokens.ages, output)
         if self.asked is not None:
             state = self.input(State("drops"), self.per_token(output, torch.float32))
@@ -203,7 +203,7 @@ class _Editor:
         return declare(self.graph_module, value, torch.empty_like(val, memory_format=torch.contiguous_format))
 
     def step(self) -> Node:
-        return self.input(Step(), self.output.args[0][0].meta["val"].new_empty((1,), dtype=torch.int64))
+        return self.input(Step(), returned(self.graph_module)[0].meta["val"].new_empty((1,), dtype=torch.int64))
 
     def keep(self, state: State, value: Node) -> None:
         """Returns the next value of a state as an output: a contiguous copy, like a write."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from dcc.passes.graph import carries_tensors, is_tensor, same_shape, shape, sizes
+from dcc.passes.graph import arguments, carries_tensors, is_tensor, same_shape, shape, sizes
 
 aten = torch.ops.aten
 
@@ -138,7 +138,7 @@ def _kind(value: Node, stream: Node, inside: frozenset[str]) -> str:
     names = {op_name(node) for node in made_by}
     attentions = [node for node in made_by if op_name(node).startswith("scaled_dot_product")]
     if attentions or any(name.lstrip("_").startswith(ATTENTION) for name in names):
-        if attentions and not any(stream in _between(node.args[1], stream, inside) for node in attentions):
+        if attentions and not any(stream in _between(arguments(node)[1], stream, inside) for node in attentions):
             return "cross"
         wide = any(op_name(n) in ACTIVATIONS and is_tensor(n) and len(shape(n)) == len(shape(stream)) for n in made_by)
         return "attn+mlp" if wide else "attn"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from torch.fx import Graph, GraphModule, Node
 
-from dcc.passes.graph import carries_batch, is_tensor, nodes_by_name, output_node
+from dcc.passes.graph import carries_batch, is_tensor, nodes_by_name, returned
 from dcc.passes.values import VALUE, Handed
 
 
@@ -44,7 +44,7 @@ def suffix(graph_module: GraphModule, inside: set[str], drop: Sequence[str]) -> 
     graph = Graph()
     copies: dict[Node, Node] = {}
     body = [node for node in graph_module.graph.nodes if node.op not in ("placeholder", "output")]
-    outputs = [node for node in output_node(graph_module).args[0] if node.name not in drop]
+    outputs = [node for node in returned(graph_module) if node.name not in drop]
     wanted = _needed(outputs, inside)
     for node in graph_module.graph.nodes:
         if node.op == "placeholder" and node in wanted:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from dcc.passes.graph import is_tensor, same_shape, sizes
+from dcc.passes.graph import arguments, is_tensor, same_shape, sizes
 from dcc.passes.residual_stream import SUMS, op_name
 
 WHOLE = 2**63 - 1  # the end of a slice that takes everything
@@ -97,9 +97,9 @@ def _carriers(node: Node, tokens: int) -> list[Node] | str:
     """Arguments of `node` that carry its tokens in dimension 1; or why one token of it needs more than that token."""
     name = op_name(node)
     if name == "getitem":
-        return [node.args[0]]
+        return [arguments(node)[0]]
     if name in POINTWISE:
-        if name == "dropout" and len(node.args) > 2 and node.args[2]:
+        if name == "dropout" and len(arguments(node)) > 2 and arguments(node)[2]:
             return "is random"
         return _aligned(node, tokens)
     if name in MATRIX:
@@ -108,12 +108,12 @@ def _carriers(node: Node, tokens: int) -> list[Node] | str:
             return "is no product of tokens with one matrix"
         return _carrying([first], tokens)
     if name in NORMS:
-        first = node.args[0]
-        if len(node.args[1]) > len(sizes(first)) - 2:
+        first = arguments(node)[0]
+        if len(arguments(node)[1]) > len(sizes(first)) - 2:
             return "normalises over tokens"
         return _carrying([first], tokens)
     if name in ("permute", "transpose"):
-        return _carrying([node.args[0]], tokens) if _keeps_tokens(node) else "moves the token dimension"
+        return _carrying([arguments(node)[0]], tokens) if _keeps_tokens(node) else "moves the token dimension"
     if name in ALONG:
         return _along(node, name, tokens)
     return "mixes tokens, or is not known to leave them apart"
@@ -138,14 +138,14 @@ def _aligned(node: Node, tokens: int) -> list[Node] | str:
 
 def _along(node: Node, name: str, tokens: int) -> list[Node] | str:
     many = name in ("cat", "stack")
-    tensors = list(node.args[0]) if many else [node.args[0]]
+    tensors = list(arguments(node)[0]) if many else [arguments(node)[0]]
     rank = len(sizes(tensors[0])) + (name in ("unsqueeze", "stack"))
     position = ALONG[name]
     default: Any = -1 if name == "softmax" else 0
-    dimension = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
+    dimension = arguments(node)[position] if len(arguments(node)) > position else node.kwargs.get("dim", default)
     if any(other not in tensors for other in node.all_input_nodes):
         return "takes a size"
-    if name == "slice" and dimension in (0, 1) and list(node.args[2:]) in ([], [0], [0, WHOLE]):
+    if name == "slice" and dimension in (0, 1) and list(arguments(node)[2:]) in ([], [0], [0, WHOLE]):
         return _carrying(tensors, tokens)
     dimensions = [d % rank for d in (dimension if isinstance(dimension, list) else [dimension])]
     if min(dimensions, default=0) < 2:
@@ -157,8 +157,8 @@ def _keeps_tokens(node: Node) -> bool:
     """Whether batch and tokens stay dimensions 0 and 1."""
     rank = len(sizes(node))
     if op_name(node) == "permute":
-        return [d % rank for d in node.args[1]][:2] == [0, 1]
-    return min(d % rank for d in node.args[1:3]) >= 2
+        return [d % rank for d in arguments(node)[1]][:2] == [0, 1]
+    return min(d % rank for d in arguments(node)[1:3]) >= 2
 
 
 def _carrying(found: list[Node], tokens: int) -> list[Node] | str:

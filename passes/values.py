@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dcc.passes.base import Correction, Look, Port, identifier
-from dcc.passes.graph import add_placeholder, output_node
+from dcc.passes.graph import add_placeholder, output_node, returned
 
 VALUE = "dcc_value"  # meta of a placeholder: the Input that it is; of a node that is returned: the Output
 
@@ -302,13 +302,13 @@ def emit(graph_module: GraphModule, value: Output, node: Node) -> Node:
     output = output_node(graph_module)
     node.name = value.name
     node.meta[VALUE] = value
-    output.args = ((*output.args[0], node),)
+    output.args = ((*returned(graph_module), node),)
     return node
 
 
 def emitted(graph_module: GraphModule, value: Output) -> Node | None:
     """The node that is returned as this value, None where none is."""
-    return next((node for node in output_node(graph_module).args[0] if node.meta.get(VALUE) == value), None)
+    return next((node for node in returned(graph_module) if node.meta.get(VALUE) == value), None)
 
 
 def _label(port: Port) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dcc.errors import PassError
-from dcc.passes.graph import output_node
+from dcc.passes.graph import returned
 
 OPS = ("placeholder", "call_function", "call_module", "output")  # and get_attr for a body that blocks share
 
@@ -26,7 +26,7 @@ def verify(graph_module: GraphModule, where: str) -> None:
         problem = _problem(node)
         if problem:
             raise PassError(f"{where}: node {node.name!r} ({node.target}) {problem}")
-    outputs = output_node(graph_module).args[0]
+    outputs = returned(graph_module)
     if not isinstance(outputs, tuple) or not all(isinstance(value, Node) for value in outputs):
         raise PassError(f"{where}: the output is not a flat tuple of nodes: {outputs}")
 

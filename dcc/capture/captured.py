@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from dcc.errors import CaptureError
-from dcc.passes.graph import output_node
+from dcc.passes.graph import returned
 from dcc.passes.values import VALUE, Argument, Input, Served
 from dcc.record.call import Call
 
@@ -89,7 +89,7 @@ class Captured:
     @property
     def batch(self) -> str:
         """The symbol of the batch's size, or its fixed size as text."""
-        return str(output_node(self.graph_module).args[0][0].meta["val"].shape[0])
+        return str(returned(self.graph_module)[0].meta["val"].shape[0])
 
     def part(self, call: Call, rows: slice | Tensor) -> Call:
         """The call of some samples of the batch: these rows of every tensor that has the batch first."""
@@ -167,4 +167,5 @@ def fixed_or_symbol(size: Any) -> int | str:
 def weight_of(module: nn.Module, target: str) -> Weight:
     path, _, key = target.rpartition(".")
     owner = module.get_submodule(path)
-    return Weight(owner._parameters if key in owner._parameters else owner._buffers, key, target)
+    slots: Any = owner._parameters if key in owner._parameters else owner._buffers
+    return Weight(slots, key, target)

@@ -25,7 +25,7 @@ from dcc.capture import store
 from dcc.capture.captured import Captured, fixed_or_symbol, weight_of
 from dcc.capture.repeats import one_of_each_kind, write_out
 from dcc.errors import CaptureError
-from dcc.passes.graph import output_node
+from dcc.passes.graph import output_node, returned
 from dcc.passes.verify import is_mutation, verify
 from dcc.record.call import Call
 from dcc.text import error_line
@@ -100,13 +100,13 @@ def _from_program(module: nn.Module, call: Call, program: torch.export.ExportedP
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     weights, constants, user_inputs = {}, {}, []
     for spec in program.graph_signature.input_specs:
-        name = spec.arg.name
+        name, target = spec.arg.name, str(spec.target)
         if spec.kind is InputKind.USER_INPUT:
             user_inputs.append(name)
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            weights[name] = weight_of(module, spec.target)
+            weights[name] = weight_of(module, target)
         else:
-            constants[name] = program.constants[spec.target]
+            constants[name] = program.constants[target]
     write_out(program.graph, module, {placeholders[name]: weight.get() for name, weight in weights.items()})
     inputs, symbols = {}, {}
     for path, name in zip(call.leaf_names, user_inputs, strict=True):
@@ -121,9 +121,11 @@ def _from_program(module: nn.Module, call: Call, program: torch.export.ExportedP
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise CaptureError(f"the module writes to {spec.target!r} while it runs; a cached graph must be functional")
     output = output_node(graph_module)
-    output.args = (tuple(output.args[0]),)
+    output.args = (tuple(returned(graph_module)),)
     verify(graph_module, "capture")
-    return Captured(graph_module, call, weights, constants, inputs, program.call_spec.out_spec, _symbols=symbols)
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None
+    return Captured(graph_module, call, weights, constants, inputs, out_spec, _symbols=symbols)
 
 
 def _opaque(module: nn.Module, call: Call, problem: str) -> Captured:

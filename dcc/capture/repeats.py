@@ -25,7 +25,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from dcc.errors import CaptureError
-from dcc.passes.graph import layout
+from dcc.passes.graph import arguments, layout
 
 SMALLEST = 4  # modules of a block; copying less saves nothing
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -197,16 +197,16 @@ def write_out(graph: Graph, module: nn.Module, weights: Mapping[Node, Tensor]) -
     boundaries: dict[str, list[Node]] = {}
     for node in list(graph.nodes):  # in order: what repeats inside a traced block is there when that one is copied
         if node.target is BOUNDARY:
-            boundaries.setdefault(node.args[0], []).append(node)
+            boundaries.setdefault(arguments(node)[0], []).append(node)
         elif node.target is REPEAT:
-            key, path, _ = node.args
+            key, path, _ = arguments(node)
             enter, leave = boundaries[key][:2]
-            copies = _weights(module, enter.args[1], path, node_of)
+            copies = _weights(module, arguments(enter)[1], path, node_of)
             _copy(node, enter, leave, copies)
-            _replace(node, [copies.get(value, value) for value in leave.args[2]])
+            _replace(node, [copies.get(value) or value for value in arguments(leave)[2]])
     for node in list(graph.nodes):
         if node.target is BOUNDARY:
-            _replace(node, node.args[2])
+            _replace(node, arguments(node)[2])
 
 
 def _weights(module: nn.Module, first: str, other: str, node_of: Mapping[int, Node]) -> dict[Node, Node]:
@@ -230,11 +230,11 @@ def _copy(repeat: Node, enter: Node, leave: Node, copies: dict[Node, Node]) -> N
 
     Sizes made of nothing in the block serve all blocks.
     """
-    _, path, tensors = repeat.args
-    first, node = enter.args[1], enter.next
+    _, path, tensors = arguments(repeat)
+    first, node = arguments(enter)[1], enter.next
     while node is not leave:
-        if node.target is operator.getitem and node.args[0] is enter:
-            copies[node] = tensors[node.args[1]]
+        if node.target is operator.getitem and arguments(node)[0] is enter:
+            copies[node] = tensors[arguments(node)[1]]
         elif any(map(copies.__contains__, node.all_input_nodes)) or not isinstance(node.meta.get("val"), SIZES):
             with repeat.graph.inserting_before(repeat):
                 copy = repeat.graph.node_copy(node, lambda value: copies.get(value, value))
@@ -253,6 +253,6 @@ def _modules(node: Node) -> dict[str, tuple[str, Any]]:
 def _replace(node: Node, values: Sequence[Node]) -> None:
     """Puts values in the place of the items of a node that is a list of tensors."""
     for item in list(node.users):
-        item.replace_all_uses_with(values[item.args[1]])
+        item.replace_all_uses_with(values[arguments(item)[1]])
         node.graph.erase_node(item)
     node.graph.erase_node(node)

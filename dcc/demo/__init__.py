@@ -39,7 +39,7 @@ def settings(name: str) -> dict:
 def load(name: str, torch_dtype=None, **kwargs):
     """The pipeline (float32 unless told otherwise) without progress bar; kwargs go to `from_pretrained`."""
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(path(name), **kwargs)
     for part in pipe.components.values():

@@ -18,7 +18,7 @@ from dcc.passes.base import GUIDANCE, Port, Site
 from dcc.passes.blocks import Block
 from dcc.passes.costs import Cost, costs
 from dcc.passes.dataflow import Dataflow
-from dcc.passes.graph import nodes_by_name, output_node
+from dcc.passes.graph import nodes_by_name, returned
 from dcc.passes.levels import level_cut, levels, skip_pairs
 from dcc.passes.residual_stream import PRODUCTS, attention_output, base_of, branches, op_name
 from dcc.record.call import Call
@@ -152,9 +152,13 @@ class Sites:
         """Paths of the inputs that are the very same tensors at every step."""
         return frozenset(self.run.keys) if self.run is not None else frozenset()
 
-    @functools.cached_property
+    @property
     def flow(self) -> Dataflow:
         """The data flow of the captured graph, which nothing edits."""
+        return self._flow
+
+    @functools.cached_property
+    def _flow(self) -> Dataflow:
         return Dataflow(self.captured.graph_module)
 
     def _branches(self) -> tuple[Site, ...]:
@@ -225,7 +229,7 @@ class _Finder:
         self.moving = self.flow.depends_on(sites.captured.inputs.values())
 
     def find(self) -> None:
-        outputs = output_node(self.graph_module).args[0]
+        outputs = returned(self.graph_module)
         self.add("output", "output", [Port(node.name) for node in outputs])
         if self.sites.captured.problem:
             return
@@ -243,7 +247,7 @@ class _Finder:
     @property
     def sample(self) -> str:
         """The graph input that carries the sampler's state: shaped like the output, or else the largest that moves."""
-        output = self.costs[output_node(self.graph_module).args[0][0].name].shape
+        output = self.costs[returned(self.graph_module)[0].name].shape
 
         def likeness(item: tuple[str, str]) -> tuple[bool, bool, int]:
             cost = self.costs[item[1]]

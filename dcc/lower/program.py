@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -35,8 +35,10 @@ from dcc.text import error_line
 from dcc.variants.observe import Observer
 from dcc.variants.variant import Variant
 
-BACKENDS = ("inductor", "eager")
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # those of torch.compile
+Backend = Literal["inductor", "eager"]
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]  # those of torch.compile
+BACKENDS: tuple[str, ...] = get_args(Backend)
+MODES: tuple[str, ...] = get_args(Mode)
 GRAPHED = ("reduce-overhead", "max-autotune")  # those with CUDA graphs
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -130,6 +132,8 @@ def lower(
     if backend == "eager":
         return Program(variant, "eager", variant.graph_module)
     start, problems, prepared = time.perf_counter(), [], None
+    call: Callable[..., Sequence[Tensor]] = variant.graph_module
+    shared = 0
     expected = variant.graph_module(*values)
     for outline in (True, False):
         try:
@@ -158,7 +162,7 @@ def _prepared(
 ) -> tuple[GraphModule, list[Tensor], int]:
     """The graph for inputs like these, those inputs as fake tensors, and how many bodies its blocks share."""
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor keeps nothing on disk without one
-    fakes = [fake_mode.from_tensor(value.detach(), static_shapes=True) for value in values]
+    fakes: list[Tensor] = [fake_mode.from_tensor(value.detach(), static_shapes=True) for value in values]
     graph_module = copy_of(variant.graph_module)
     orders = (Shapes(fakes), Outlines()) if outline else (Shapes(fakes),)
     with torch.no_grad(), fake_mode:
@@ -180,7 +184,8 @@ def _inductor(graph_module: GraphModule, fakes: Sequence[Tensor], mode: str) -> 
     options = torch._inductor.list_mode_options(mode) | {"triton.cudagraphs": False}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations; under -W error they would stop the lowering
-        return torch._inductor.compile(graph_module, list(fakes), options)
+        compiled: Any = torch._inductor.compile(graph_module, list(fakes), options)
+    return compiled
 
 
 def _graphed(
@@ -194,7 +199,7 @@ def _graphed(
         graphed = cuda_graphs.Graphed(call, cuda_graphs.pool_of(values[0].device))
         problem = _compare(graphed, values, expected)
     except Exception as error:  # what cannot be recorded raises many kinds; the reason is shown by summary()
-        problem = error_line(error)
+        return call, error_line(error)
     return (call, problem) if problem else (graphed, None)
 
 

@@ -163,7 +163,8 @@ class Profile:
         """Reads a profile that `save` wrote. Raises ProfileError, naming the file and the field, for anything else."""
         header, tensors = read_file(path, "dcc_profile", VERSION)
         try:
-            return cls(**_fields(header), **_unpacked(header, tensors))
+            parts: dict[str, Any] = {**_fields(header), **_unpacked(header, tensors)}
+            return cls(**parts)
         except (ProfileError, TypeError) as error:
             raise ProfileError(f"{path}: {error}") from error
 

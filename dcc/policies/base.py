@@ -242,7 +242,8 @@ def read_table(table: Sequence[Sequence[float]] | str) -> list[list[float]]:
         raise PolicyError("mask must be a list of rows, one a step, or a .json or .safetensors file that holds one")
     if any(not isinstance(value, (int, float)) for row in table for value in row):
         raise PolicyError("mask must hold numbers only, one a step and branch")
-    return [list(row) for row in table]
+    rows: Any = table
+    return [list(row) for row in rows]
 
 
 def gram_of(setting: Setting, site: str) -> np.ndarray:
@@ -250,7 +251,8 @@ def gram_of(setting: Setting, site: str) -> np.ndarray:
 
     Raises ProfileError for a site that was not calibrated.
     """
-    return sum(setting.profile.matrix(site, stream).numpy() for stream in setting.profile.streams)
+    profile = setting.profile
+    return np.sum([profile.matrix(site, stream).numpy() for stream in profile.streams], axis=0)
 
 
 def changes(setting: Setting, site: str) -> np.ndarray:

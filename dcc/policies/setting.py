@@ -54,13 +54,18 @@ def setting_of(
             seeds = [seed + i for i in range(len(chosen))]
             size = SCORED if target.batches else 1
             loops.append(
-                prepare(subject, lambda c, k: None, chosen, seeds, batch_size=size, traced=False, progress=progress)
+                prepare(subject, no_candidates, chosen, seeds, batch_size=size, traced=False, progress=progress)
             )
         net = CompiledDenoiser(subject, plan_for(policy, subject, "score", {}))
         found = [value for batch in loops[0].batches for value in loops[0].psnr(loops[0].generate(net, batch), batch)]
         return sum(found) / len(found)
 
     return Setting(subject.run.levels, subject.sites, calibrated, values, score)
+
+
+def no_candidates(candidate: Any, coefficients: Any) -> Any:
+    """Stands for what makes denoisers of candidates, where plans are run that are none."""
+    raise NotImplementedError
 
 
 def plan_for(policy: Policy, subject: Subject, name: str, parameters: dict[str, Any]) -> Plan:

@@ -61,7 +61,8 @@ def _fitted(setting: Setting) -> list[float]:
     profile = setting.profile
     changes = [profile.neighbours[:, profile.sites.index(site), 1:].flatten() for site in ("modulated", "output")]
     degree = min(4, len(set(changes[0].tolist())) - 1)
-    return np.polyfit(*(change.double().numpy() for change in changes), max(degree, 0)).tolist()
+    taken, given = (change.double().numpy() for change in changes)
+    return np.polyfit(taken, given, max(degree, 0)).tolist()
 
 
 @method(

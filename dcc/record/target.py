@@ -224,7 +224,9 @@ def make_target(model: Any, sample: Callable[..., Any] | None, call_kwargs: dict
 
 def load_pipeline(folder: str) -> Any:
     """A saved pipeline from its folder."""
-    from diffusers import DiffusionPipeline  # only where no caller brings a pipeline, and so diffusers, along
+    from diffusers.pipelines.pipeline_utils import (
+        DiffusionPipeline,  # only where no caller brings a pipeline, and so diffusers, along
+    )
 
     return DiffusionPipeline.from_pretrained(folder)
 

@@ -6,6 +6,7 @@ import io
 import os
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -99,7 +100,7 @@ class _Canvas:
     def __init__(self, figure: Figure, width: int, height: int) -> None:
         self.figure, self.width, self.height = figure, width, height
 
-    def text(self, text: str, x: float, y: float, **style: object) -> None:
+    def text(self, text: str, x: float, y: float, **style: Any) -> None:
         style = {"size": FONT, "linespacing": 1.15, "parse_math": False} | style
         self.figure.text(x / self.width, 1 - y / self.height, text, **style)
 

@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def page(report: Comparison) -> str:
         schedules=schedules,
         kinds={kind: text for kind, text in KINDS.items() if kind in drawn},
         scenes=[_scene(report, scored, i, factor) for i in _first_prompts(scored, report.shown)],
-        worst=[_panels(row, row.worst, factor, report) for row in scored if _has_worst(row)],
+        worst=[_panels(row, row.worst, factor, report) for row in scored if row.worst is not None and _has_worst(row)],
         factor=factor,
         clamped=any(row.psnr_raw != row.psnr for row in scored),
         side=SIDE if len(scored) < CROWD else SIDE * 2 // 3,
@@ -83,7 +84,7 @@ def _cells(report: Comparison, row: Row) -> dict[str, Any]:
         "full": row.full_steps.replace("/", " of ") if plan else "",
         "flops": f"{row.ideal:.2f}x" if row.ideal else "",
         "speedup": f"{report.speedup(row):.2f}x" if measured else "",
-        "share": f"{report.speedup(row) / row.ideal:.0%}" if measured and plan else "",
+        "share": f"{report.speedup(row) / row.ideal:.0%}" if measured and row.ideal else "",
         "latency": human_seconds(row.latency) if measured else "",
         "after": fidelity(row.psnr, row.ssim),
         "before": fidelity(row.psnr_raw, row.ssim_raw),
@@ -106,7 +107,7 @@ def _plot(report: Comparison, scored: list[Row], colours: dict[str, str]) -> str
             if math.isfinite(x)
         ]
 
-    panels = {
+    panels: dict[str, Sequence[Point]] = {
         "speed-up in denoiser FLOPs": points(lambda row: row.ideal),
         "measured speed-up of the whole run": points(report.speedup),
     }

@@ -103,17 +103,17 @@ def _label(panel: Axes, canvas: FigureCanvasAgg, points: Sequence[Point], top: f
             bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8},
             arrowprops={"arrowstyle": "-", "color": p.colour, "lw": 0.5, "alpha": 0.5, "shrinkB": 4},
         )
-        best = None
+        best: tuple[int, tuple[float, float], str, str, Bbox] | None = None
         for dx, dy in PLACES:
-            label.set_position((dx, dy))
-            label.set_horizontalalignment("left" if dx > 0 else "right" if dx < 0 else "center")
-            label.set_verticalalignment("bottom" if dy > 0 else "top")
+            horizontal, vertical = "left" if dx > 0 else "right" if dx < 0 else "center", "bottom" if dy > 0 else "top"
+            label.set(position=(dx, dy), horizontalalignment=horizontal, verticalalignment=vertical)
             box = Bbox.from_bounds(*label.get_window_extent(renderer).bounds)
             hits = sum(box.overlaps(other) for other in taken) + 2 * (not _inside(box, panel.bbox))
             if best is None or hits < best[0]:
-                best = (hits, (dx, dy), label.get_ha(), label.get_va(), box)
+                best = (hits, (dx, dy), horizontal, vertical, box)
             if not hits:
                 break
+        assert best is not None  # there are places
         _, place, horizontal, vertical, box = best
         label.set(position=place, horizontalalignment=horizontal, verticalalignment=vertical)
         taken.append(box)

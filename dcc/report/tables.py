@@ -30,7 +30,8 @@ def demo_table(report: Report, row: Row, title: str | None = None) -> Table:
 
     `row` is one that has not failed.
     """
-    plan, speedup = row.plan, report.speedup(row)
+    plan, speedup, ideal = row.plan, report.speedup(row), row.ideal
+    assert plan is not None and ideal is not None
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     table.add_column("uncached", justify="right", no_wrap=True)
@@ -39,8 +40,8 @@ def demo_table(report: Report, row: Row, title: str | None = None) -> Table:
     table.add_row("full steps", f"{plan.steps} of {plan.steps}", row.full_steps.replace("/", " of "))
     table.add_row("cache", "none", human_bytes(row.cache_bytes if plan.trigger else plan.cache_bytes), end_section=True)
     table.add_row("[bold]speed-up[/]", "", f"[bold]{speedup:.2f}x[/]")
-    table.add_row("ideal speed-up (denoiser FLOPs)", "", f"{row.ideal:.2f}x")
-    table.add_row("share of the ideal", "", f"{speedup / row.ideal:.0%}", end_section=True)
+    table.add_row("ideal speed-up (denoiser FLOPs)", "", f"{ideal:.2f}x")
+    table.add_row("share of the ideal", "", f"{speedup / ideal:.0%}", end_section=True)
     table.add_row("PSNR, mean", "", f"[bold]{decibels(mean_psnr(row.psnr))}[/]")
     table.add_row("PSNR, worst image", "", decibels(min(row.psnr)))
     table.add_row("SSIM, mean", "", f"{statistics.fmean(row.ssim):.4f}")
@@ -62,7 +63,7 @@ def plan_table(plan: Plan) -> Table:
         # full steps stand out by weight and, without colours, as 1 against 0
         mask = Text()
         for row in plan.schedule:
-            mask.append(str(row[k]), STYLES.get(row[k], "dim"))
+            mask.append(str(row[k]), STYLES.get(Decision(row[k]), "dim"))
         table.add_row("  steps", mask)
     if plan.trigger:
         table.add_row("trigger", Text(f"{plan.trigger.kind}; decides at run time where a step shows 0"))

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,7 +26,8 @@ from dcc.variants.build import Family, build
 from dcc.variants.cost import planned
 from dcc.variants.observe import Observer
 
-DEFAULT_EFFORT = "normal"
+Effort = Literal["fast", "normal", "thorough"]  # the keys of EFFORTS
+DEFAULT_EFFORT: Effort = "normal"
 DEFAULT_QUALITY = 35.0  # dB; differences are then hard to see side by side
 SITES = ("output", "hidden", "stack", "cut:0")  # whole-model sites that the search compares
 SMALL = 50e9  # FLOPs of a call up to which prompts are run in batches: a small model gains, a large one needs memory
@@ -226,6 +227,7 @@ def _speedup_for(
             subject.target.generate([prompt], [seed])
             times.append((time.perf_counter() - start, clock.seconds))
     total, denoiser = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    assert budget.latency is not None
     wanted = budget.latency / 1e3
     rest = total - denoiser
     if wanted <= rest + denoiser / subject.steps:

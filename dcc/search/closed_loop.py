@@ -40,8 +40,9 @@ class Candidate:
         return min(self.rule.anchors, self.full)
 
     def __str__(self) -> str:
-        rule = f"fitted {self.rule.anchors}, ridge {self.rule.ridge:g}" if self.fitted else str(self.rule)
-        return f"{self.site}, {rule}"
+        rule = self.rule
+        text = f"fitted {rule.anchors}, ridge {rule.ridge:g}" if isinstance(rule, FitOptions) else str(rule)
+        return f"{self.site}, {text}"
 
     @property
     def fitted(self) -> bool:
@@ -50,6 +51,7 @@ class Candidate:
 
     def polynomial(self) -> dict[int, list[float]]:
         """Coefficients that follow from the steps alone, by forecast step."""
+        assert isinstance(self.rule, Predictor)
         result = {}
         for step, full in enumerate(self.mask):
             if not full:
@@ -105,7 +107,10 @@ class ClosedLoop:
         if candidate in self.known:
             return self.known[candidate]
         coefficients = {} if candidate.fitted else candidate.polynomial()
-        fit = Fit(candidate.mask, candidate.rule, self.sampler) if candidate.fitted else None
+        fit = None
+        if isinstance(candidate.rule, FitOptions):
+            assert self.sampler is not None
+            fit = Fit(candidate.mask, candidate.rule, self.sampler)
         values: list[float] = []
         for batch in self.batches:
             values += self.run(candidate, coefficients, batch, fit)

@@ -9,6 +9,8 @@ inside a cached run over the calibration prompts, so each gap sees the anchors a
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +49,7 @@ class Sampler:
     def weights(self, start: int, end: int) -> tuple[float, Tensor, Tensor]:
         """x[end] from x[start]: the factor of x[start], the weights [end - start, parts] of the outputs of those steps,
         and the weights [parts] of the output before `start`."""
-        factor = 1.0
+        factor, earlier = 1.0, torch.zeros(self.now.shape[1], dtype=torch.float64)
         weights = torch.zeros(end - start, self.now.shape[1], dtype=torch.float64)
         for step in range(end - 1, start - 1, -1):
             weights[step - start] += factor * self.now[step]
@@ -75,6 +77,7 @@ def find_sampler(traces: Sequence[Trace]) -> Sampler | None:
         if any(end is None for end in ends):
             keep[step], now[step], before[step] = keep[step - 1], now[step - 1], before[step - 1]
             continue
+        solution, error, history = torch.empty(0), math.inf, 0
         for history in (0, 1)[: 1 + (step > 0)]:
             rows = [[t.samples[step], *t.outputs[step], *(t.outputs[step - 1] if history else ())] for t in traces]
             columns = [torch.cat([row[c].flatten() for row in rows]).double() for c in range(len(rows[0]))]
@@ -131,6 +134,7 @@ class Fit:
             if anchors[0][0] == step - 1:
                 base += self._combined(earlier, anchors[0][1])
             reached = trace.final if goal == len(self.mask) else trace.samples[goal]
+            assert reached is not None
             wanted = reached.flatten().double() - base
             delta = self._solve(step, moved, wanted)
         for s in range(step, end):
@@ -183,14 +187,15 @@ class OutputRunner(Handler):
                 del self.anchors[self.depth :]
                 self.values.clear()
             return outputs
-        if self.fit is not None and call == 0 and self.mask[step - 1]:
+        if self.fit is not None and self.trace is not None and call == 0 and self.mask[step - 1]:
             by_name = self._tensors(args, kwargs)
             anchors = [(s, torch.cat([self.layout.split(first_tensor(v)) for v in vs])) for s, vs in self.anchors]
             self.fit.gap(step, anchors, self.layout.state(by_name[self.layout.sample_name]), self.trace)
             self.coefficients.update(self.fit.coefficients)
         like, spec = pytree.tree_flatten(self.anchors[0][1][call])
         terms = [first_tensor(values[call]) for _, values in self.anchors]
-        total = sum(a * term.float() for a, term in zip(self.coefficients[step], terms, strict=False))
+        weighed = [a * term.float() for a, term in zip(self.coefficients[step], terms, strict=False)]
+        total = functools.reduce(torch.add, weighed)
         index = next(i for i, value in enumerate(like) if isinstance(value, Tensor))
         return pytree.tree_unflatten([*like[:index], total.to(like[index].dtype), *like[index + 1 :]], spec)
 

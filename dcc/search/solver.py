@@ -77,6 +77,7 @@ def solve(problem: Problem, goal: Goal, effort: str, seed: int, progress: Callab
     search = Search(problem, goal, EFFORTS[effort], random.Random(seed), progress)
     if goal.speedup is not None:
         return _finish(problem, search, *search.at_speedup(goal.speedup), effort)
+    assert goal.quality is not None  # a goal names one of the two
     return _finish(problem, search, *search.at_quality(goal.quality), effort)
 
 
@@ -254,7 +255,7 @@ def start_masks(steps: int, full: int) -> list[tuple[int, ...]]:
     masks = []
     for bend, last in itertools.product((1.0, 1.3, 0.75), (1.0, 1.0 - 0.6 / full)):
         positions = np.linspace(0, 1, full) ** bend * (steps - 1) * (last if full > 1 else 1)
-        masks.append(_distinct(positions, steps))
+        masks.append(_distinct(positions.tolist(), steps))
     if full > 4:  # the usual schedule of published policies: the first three, then every N-th
         masks.append(_distinct([0, 1, *np.linspace(2, steps, full - 1)[:-1]], steps))
     return list(dict.fromkeys(masks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from dcc.record.call import Call
 from dcc.variants.correctors import Factors
 
 MOST = 4096  # small tensors kept; past that they are made anew
+
+
+EMPTY: Mapping[Any, Any] = MappingProxyType({})
+
+
+def _none(*_: Any) -> Any:
+    """Stands for what a run has none of, and no graph of it asks for."""
+    raise LookupError("this run has none of these inputs")
 
 
 class Tables:
@@ -61,13 +70,13 @@ class Binding:
         captured: Captured,
         call: Call,
         step: float,
-        history: Mapping[str, Any] | None = None,
+        history: Mapping[str, Any] = EMPTY,
         *,
-        coefficients: Callable[[], Tensor] | None = None,
-        states: Mapping[State, Tensor] | None = None,
-        once: Callable[[Binding], Mapping[str, Tensor]] | None = None,
+        coefficients: Callable[[], Tensor] = _none,
+        states: Mapping[State, Tensor] = EMPTY,
+        once: Callable[[Binding], Mapping[str, Tensor]] = _none,
         watch: Any = None,
-        handed: Mapping[str, Tensor] | None = None,
+        handed: Mapping[str, Tensor] = EMPTY,
         chosen: Tensor | None = None,
         halved: int | None = None,
     ) -> None:

@@ -95,6 +95,7 @@ class TriggeredRunner:
     def __init__(self, plan: Plan, run: Recording, programs: Programs, sessions: Sessions, guard: Any = None) -> None:
         self.plan, self.recording, self.programs, self.sessions = plan, run, programs, sessions
         self.tables = Tables()
+        assert plan.trigger is not None
         self.trigger = plan.trigger
         self.predictors = plan.predictors
 
@@ -104,7 +105,7 @@ class TriggeredRunner:
 
     def warm(self, family: Family, call: Call, say: Callable[[str], None]) -> None:
         """Lowers and checks the start, the prefix, and a row that computes and one that forecasts."""
-        stream, full = Stream("warm"), family.graphs.full
+        stream, full = Stream("warm"), _graphs(family).full
         for index, row in enumerate((None, full, self.trigger.sample_row(len(full)))):
             say(f"lowering variant {index + 1} of 3")
             self._step_through(family, call, stream, index, row)
@@ -122,7 +123,7 @@ class TriggeredRunner:
         """One call of one stream; `forced` is a row to run whatever the trigger says."""
         if self.programs.backend == "inductor":
             call = call.contiguous()
-        graphs, batch = family.graphs, self.recording.batch_of(call)
+        graphs, batch = _graphs(family), self.recording.batch_of(call)
         if stream.watch is None or len(stream.watch.memories) != batch:
             stream.watch = Watch([Memory(self.plan.steps) for _ in range(batch)])
             outputs = self._run(graphs, graphs.start, call, stream.watch, step, graphs.full, None, {})
@@ -284,6 +285,11 @@ class TriggeredRunner:
         self.sessions.count("computed" if all(map(is_full, rows)) else "forecast")
         spent = sum(graphs.flops[row] for row in rows) // len(rows)
         self.sessions.add(flops=spent, flops_uncached=graphs.sites.flops)
+
+
+def _graphs(family: Family) -> TriggerGraphs:
+    assert family.graphs is not None  # built for a plan that has a trigger
+    return family.graphs
 
 
 def _pick(tensor: Tensor, who: Chosen, batched: bool = True) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from dcc.discover.sites import LINEAR, Sites
 from dcc.errors import PlanError
 from dcc.passes.base import Correction, Port, Site
-from dcc.passes.graph import is_tensor, nodes_by_name
+from dcc.passes.graph import arguments, is_tensor, nodes_by_name
 from dcc.plans.forms import CorrectorForm, Form
 
 
@@ -102,7 +102,7 @@ def _low_rank(form: CorrectorForm, site: Site, sites: Sites) -> list[Correction]
     nodes = nodes_by_name(sites.captured.graph_module)
     if site.kind != LINEAR:
         raise PlanError(f"{site.name!r} is no linear layer, which a low-rank corrector needs; choose 'linears'")
-    source, weight = nodes[site.ports[0].out].args[:2]
+    source, weight = arguments(nodes[site.ports[0].out])[:2]
     if weight.op != "placeholder":
         raise PlanError(f"{site.name!r}: the layer's weight is computed in the graph, so it has no factors beforehand")
     out, channels = weight.meta["val"].shape

@@ -94,7 +94,7 @@ def weighed_bands(
         since, until = (inside[0], inside[-1] + 1) if inside else (0, 0)
         options = (("rate", float(weight)), ("since", float(since)), ("until", float(until)))
         predictors.append(Predictor("growing", 0, options).as_json())
-    shape = sites["uncond"].shapes[0]
+    shape = list(sites["uncond"].shapes[0])
     grid = shape[-2:] if len(shape) > 3 else token_grid(sites, shape[1])
     spec = {"transform": "fft", "cutoff": 2 / LOW_PART, "grid": None, "predictors": predictors}
     if grid is not None:

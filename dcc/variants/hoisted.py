@@ -59,6 +59,7 @@ class Prologue:
         marks = tuple(map(_mark, read))
         known = held.get(given.shapes)
         if known is None or known.marks != marks:
+            assert self.graph_module is not None  # there are names
             outputs = self.graph_module(*(value.tensor(served) for value in self.inputs))
             made_from = tuple(t for i, t in zip(taken, read, strict=True) if isinstance(i, Argument))
             known = held[given.shapes] = Held(marks, dict(zip(self.names, outputs, strict=True)), made_from)

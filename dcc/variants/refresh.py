@@ -13,7 +13,7 @@ from dcc.discover.sites import Sites
 from dcc.errors import PlanError
 from dcc.passes.base import Refresh, Site
 from dcc.passes.dataflow import OUTPUT
-from dcc.passes.graph import nodes_by_name, output_node, shape, sizes
+from dcc.passes.graph import arguments, nodes_by_name, returned, shape, sizes
 from dcc.passes.residual_stream import SHAPE_CHANGES, SUMS, op_name
 from dcc.passes.token_wise import Region, residual_ends, token_region
 from dcc.plans.forms import Form, TokensForm
@@ -26,7 +26,7 @@ def refreshes(
     if not any(isinstance(form, TokensForm) for form in forms):
         return ()
     nodes = nodes_by_name(sites.captured.graph_module)
-    output = output_node(sites.captured.graph_module).args[0][0]
+    output = returned(sites.captured.graph_module)[0]
     found: list[Refresh] = []
     sums: dict[str, Node] = {}
     for k, form in enumerate(forms):
@@ -75,7 +75,7 @@ def holds_output_tokens(sites: Sites, site: Site) -> bool:
     """Whether the site has the tokens of the model's output, with or without others around them."""
     graph_module = sites.captured.graph_module
     try:
-        _output_last(nodes_by_name(graph_module), site, output_node(graph_module).args[0][0])
+        _output_last(nodes_by_name(graph_module), site, returned(graph_module)[0])
     except PlanError:
         return False
     return True
@@ -114,7 +114,7 @@ def _share(refresh: Refresh, nodes: dict[str, Node], sites: Sites) -> float:
         return min(refresh.option("clusters") / tokens, 1.0)
     if refresh.last is None:
         return max(round(refresh.ratio * tokens), 1) / tokens
-    own = sites.costs[output_node(sites.captured.graph_module).args[0][0].name].shape[1]
+    own = sites.costs[returned(sites.captured.graph_module)[0].name].shape[1]
     return (max(round(refresh.ratio * own), 1) + tokens - own) / tokens
 
 
@@ -151,9 +151,9 @@ def _output_last(nodes: dict[str, Node], site: Site, output: Node) -> bool | Non
         if node in seen:
             continue
         seen.add(node)
-        if op_name(node) == "cat" and node.args[1:] == (1,) and str(shape(node)[1]) == own:
-            places = [i for i, part in enumerate(node.args[0]) if str(shape(part)[1]) == wanted]
-            if len(places) == 1 and places[0] in (0, len(node.args[0]) - 1):
+        if op_name(node) == "cat" and arguments(node)[1:] == (1,) and str(shape(node)[1]) == own:
+            places = [i for i, part in enumerate(arguments(node)[0]) if str(shape(part)[1]) == wanted]
+            if len(places) == 1 and places[0] in (0, len(arguments(node)[0]) - 1):
                 return places[0] > 0
         if op_name(node) in SUMS | SHAPE_CHANGES | {"getitem"}:
             todo.extend(node.all_input_nodes)

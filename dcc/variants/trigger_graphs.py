@@ -16,7 +16,7 @@ from dcc.decisions import Decision
 from dcc.discover.sites import Sites
 from dcc.errors import PolicyError
 from dcc.passes.base import GUIDANCE, Group, Look, Port, Row, Site, Table
-from dcc.passes.graph import carries_batch, nodes_by_name, output_node, symbols
+from dcc.passes.graph import carries_batch, nodes_by_name, returned, symbols
 from dcc.passes.insert_measures import Measures
 from dcc.passes.split_at import ancestors, prefix, suffix
 from dcc.passes.values import Distance, Watched, emitted
@@ -37,6 +37,7 @@ class TriggerGraphs:
         self.plan, self.sites, self.selected, self.make = plan, sites, selected, make
         self.captured = captured = sites.captured
         trigger = plan.trigger
+        assert trigger is not None  # graphs are built for plans that have one
         self.measures = trigger.measures
         self.full = (1,) * len(plan.sites)
         self.ports = {measure: self._port(measure) for measure in self.measures}
@@ -46,7 +47,7 @@ class TriggerGraphs:
             if any(port.out in self.inside for site in group for port in site.ports):
                 raise PolicyError(f"the trigger looks behind the cached site {name!r}; cache what comes later")
         self.nodes = nodes_by_name(captured.graph_module)
-        self.batch = str(output_node(captured.graph_module).args[0][0].meta["val"].shape[0])
+        self.batch = str(returned(captured.graph_module)[0].meta["val"].shape[0])
         if any(site.kind == GUIDANCE for group in selected for site in group):
             raise PolicyError("a trigger cannot forecast the site 'uncond'; give it a schedule of its own")
         self.handed: list[str] = []

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from dcc.capture.captured import Captured
 from dcc.passes.base import Pass, Row
-from dcc.passes.graph import copy_of, output_node
+from dcc.passes.graph import copy_of, returned
 from dcc.passes.values import VALUE, Input, Next, Output, Write
 from dcc.variants.observe import Observer
 
@@ -31,7 +31,7 @@ class Variant:
     @functools.cached_property
     def gives(self) -> tuple[Output | str, ...]:
         """What each output after the denoiser's own is, in order; a node's name where a split hands it over."""
-        nodes = output_node(self.graph_module).args[0][self.outputs :]
+        nodes = returned(self.graph_module)[self.outputs :]
         return tuple(node.meta.get(VALUE, node.name) for node in nodes)
 
     @functools.cached_property
@@ -42,7 +42,7 @@ class Variant:
     @functools.cached_property
     def writes(self) -> tuple[str, ...]:
         """Names of the outputs after the denoiser's own, in order."""
-        return tuple(node.name for node in output_node(self.graph_module).args[0][self.outputs :])
+        return tuple(node.name for node in returned(self.graph_module)[self.outputs :])
 
     @functools.cached_property
     def states(self) -> tuple[str, ...]:
@@ -64,6 +64,6 @@ def variant(
 ) -> Variant:
     """The variant that the passes make of a copy of the captured graph."""
     graph_module = copy_of(captured.graph_module)
-    own = len(output_node(graph_module).args[0])
+    own = len(returned(graph_module))
     observer.run_all(graph_module, row, name, passes)
     return Variant(name, graph_module, own)
