@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from dcc.passes.costs import Cost
 from dcc.passes.graph import is_tensor
+from dcc.torch_internals import module_stack
 
 NUMBERED = re.compile(r"(?:^|\.)\d+$")
 MIN_SHARE = 0.02  # a stack with less of the FLOPs is an embedder or a head, not a stack of blocks
@@ -34,8 +35,7 @@ class Block:
 
 def paths(node: Node) -> list[str]:
     """Paths of the modules around `node`, outermost first, the denoiser itself ("") left out."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return [path.split("@")[0] for path, _ in stack.values() if path]
+    return [path.split("@")[0] for path, _ in module_stack(node).values() if path]
 
 
 def numbered_blocks(graph_module: GraphModule) -> dict[str, Block]:

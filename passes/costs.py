@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dcc.passes.graph import layout
+from dcc.torch_internals import CPU_ATTENTION, FakeTensorMode, pytree
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,13 @@ def _attention_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[
     return sdpa_flop_count(query, key, value)
 
 
-# torch's own table has the GPU kernels only
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-
-
 class _Meter(Interpreter):
     """Counts while it runs; equal calls, as of repeated blocks, are made once."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module, garbage_collect_values=True)
         self.costs: dict[str, Cost] = {}
-        self.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        self.counter = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention_flops})
         self.known: dict[Any, tuple[Any, int]] = {}  # value and FLOPs
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -10,20 +10,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch.fx import GraphModule, Node
 
 from dcc.passes.base import Order, Pass
-
-ASSERTIONS = frozenset(
-    {
-        torch.ops.aten._assert_tensor_metadata.default,
-        torch.ops.aten._assert_scalar.default,
-        torch.ops.aten._assert_async.msg,
-        torch.ops.aten.sym_constrain_range.default,
-        torch.ops.aten.sym_constrain_range_for_size.default,
-    }
-)
+from dcc.torch_internals import ASSERTIONS
 
 
 def is_assertion(node: Node) -> bool:

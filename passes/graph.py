@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 
 from dcc.errors import PassError
+from dcc.torch_internals import hint, lazy_graph_module, symbols_of
 
 KEEPS = "dcc_keeps"  # meta of what reads a computed value to keep it: the name of that value
 REPLACED = "dcc_forecast"  # meta of a node whose value is forecast: the node that stands for it
@@ -54,7 +54,7 @@ def same_shape(a: Node, b: Node) -> bool:
 
 def sizes(node: Node) -> tuple[int, ...]:
     """Sizes of a tensor node at capture."""
-    return tuple(s if isinstance(s, int) else s.node.hint for s in shape(node))
+    return tuple(hint(size) for size in shape(node))
 
 
 def shape(node: Node) -> tuple[Any, ...]:
@@ -67,16 +67,11 @@ def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
 
 
-def symbols(size: Any) -> set[str]:
-    """Names of the symbols that a size is made of; none for a fixed one."""
-    return set() if isinstance(size, int) else {str(symbol) for symbol in size.node.expr.free_symbols}
-
-
 def carries_batch(graph_module: GraphModule, node: Node) -> bool:
     """Whether a value has the samples of the batch as its first dimension, as the graph's first output has."""
     output = returned(graph_module)[0]
     batch, first = str(shape(output)[0]), shape(node)[:1]
-    return bool(first) and batch in symbols(first[0]) and sizes(node)[0] == sizes(output)[0]
+    return bool(first) and batch in symbols_of(first[0]) and sizes(node)[0] == sizes(output)[0]
 
 
 def output_node(graph_module: GraphModule) -> Node:
@@ -109,7 +104,7 @@ def copy_of(graph_module: GraphModule) -> GraphModule:
     """
     graph = Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
-    return _LazyGraphModule(graph_module, graph)
+    return lazy_graph_module(graph_module, graph)
 
 
 def add_placeholder(graph_module: GraphModule, name: str, val: torch.Tensor) -> Node:

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from dcc.kernels import combine
 from dcc.passes.base import Order, Pass
 from dcc.passes.graph import insert_call, shape
+from dcc.torch_internals import to_copy
 
 aten = torch.ops.aten
 
@@ -52,7 +53,7 @@ def _spell_out(
     def as_float32(node: Node) -> Node:
         if node.meta["val"].dtype == torch.float32:
             return node
-        return call(aten._to_copy.default, node, dtype=torch.float32)
+        return call(to_copy, node, dtype=torch.float32)
 
     rows = call(aten.select.int, coefficients, 0, group)
     if not per_sample:
@@ -63,4 +64,4 @@ def _spell_out(
         term = call(aten.mul.Tensor, as_float32(anchor), column)
         total = term if total is None else call(aten.add.Tensor, total, term)
     dtype = anchors[0].meta["val"].dtype
-    return total if dtype == torch.float32 else call(aten._to_copy.default, total, dtype=dtype)
+    return total if dtype == torch.float32 else call(to_copy, total, dtype=dtype)

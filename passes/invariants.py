@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from dcc.passes.costs import Cost
 from dcc.passes.graph import arguments, is_tensor, returned
+from dcc.torch_internals import OpOverload, schema
 
 FLOPS_PER_BYTE = 8  # a core does about ten FLOPs while it reads a byte of memory, a GPU a hundred: below, make it anew
 PASSES_SAVED = 2  # without FLOPs: bytes written on the way to a value, of its own; one pass is fused with what reads it
@@ -83,9 +84,9 @@ def is_size(node: Node) -> bool:
 def is_pure(node: Node) -> bool:
     """Whether the call gives equal values for equal arguments, as far as its operator tells."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return getattr(target, "__module__", "") in PYTHON
-    if target.namespace not in NAMESPACES or target._schema.is_mutable:
+    if target.namespace not in NAMESPACES or schema(target).is_mutable:
         return False
     return torch.Tag.nondeterministic_seeded not in target.tags or _without_dropout(node)
 
@@ -95,16 +96,16 @@ def is_alias(node: Node) -> bool:
     if node.target is operator.getitem:
         return is_alias(arguments(node)[0])
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not node.all_input_nodes:
+    if not isinstance(target, OpOverload) or not node.all_input_nodes:
         return False
-    returned = [r for r in target._schema.returns if r.alias_info is not None]
+    returned = [r for r in schema(target).returns if r.alias_info is not None]
     return bool(returned) or torch.Tag.maybe_aliasing_or_mutating in target.tags
 
 
 def _without_dropout(node: Node) -> bool:
     """Whether an operator that may drop values at random drops none in this call."""
-    names = [argument.name for argument in node.target._schema.arguments]
-    given = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}
+    names = [argument.name for argument in schema(node.target).arguments]
+    given = {a.name: a.default_value for a in schema(node.target).arguments if a.has_default_value()}
     given |= dict(zip(names, node.args, strict=False)) | node.kwargs
     if "dropout_p" in names:
         return given["dropout_p"] == 0

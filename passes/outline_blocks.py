@@ -24,12 +24,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.passes.tools_common import legalize_graph
-from torch.utils import _pytree as pytree
 
 from dcc.passes.base import LOWERING, Order, Pass
 from dcc.passes.blocks import is_inside, numbered_blocks
 from dcc.passes.graph import layout, nodes_by_name
+from dcc.torch_internals import OpOverload, invoke_subgraph, legalize_graph, pytree, schema, storage_id
 
 TWINS = 2  # of one structure, from which on they are outlined
 MIN_NODES = 8  # smaller blocks cost Inductor less than a call does
@@ -157,8 +156,8 @@ def _tensor(node: Node) -> bool:
 
 def _is_view(node: Node) -> bool:
     """Whether the result shares the memory of an argument."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(value.alias_info is not None for value in schema.returns)
+    returns = schema(node.target).returns if isinstance(node.target, OpOverload) else ()
+    return any(value.alias_info is not None for value in returns)
 
 
 def _structure(region: Region) -> Any:
@@ -199,7 +198,7 @@ def _body(region: Region) -> GraphModule:
 
 
 def _storage(node: Node) -> int:
-    return node.meta["val"].untyped_storage()._cdata
+    return storage_id(node.meta["val"])
 
 
 def _call(graph_module: GraphModule, name: str, region: Region, replaced: dict[Node, Node]) -> None:
@@ -208,7 +207,7 @@ def _call(graph_module: GraphModule, name: str, region: Region, replaced: dict[N
         body = graph.get_attr(name)
     inputs = [replaced.get(node, node) for node in region.inputs]
     with graph.inserting_after(body):
-        call = graph.call_function(torch.ops.higher_order.invoke_subgraph, (body, name, *inputs))
+        call = graph.call_function(invoke_subgraph, (body, name, *inputs))
     call.meta["val"] = tuple(node.meta["val"] for node in region.outputs)
     last = call
     for index, node in enumerate(region.outputs):

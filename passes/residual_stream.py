@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from dcc.passes.graph import arguments, carries_tensors, is_tensor, same_shape, shape, sizes
+from dcc.torch_internals import OpOverload, schema
 
 aten = torch.ops.aten
 
@@ -44,8 +45,8 @@ class Branch:
 
 def op_name(node: Node) -> str:
     """Name of the ATen operator without its overload; "getitem" for an item of a list; else ""."""
-    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[-1]
+    if node.op == "call_function" and isinstance(node.target, OpOverload):
+        return schema(node.target).name.split("::")[-1]
     return "getitem" if node.target is operator.getitem else ""
 
 

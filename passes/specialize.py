@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from dcc.passes.base import LOWERING, Order, Pass
+from dcc.torch_internals import pytree
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from dcc.torch_internals import OpOverload
+
 
 def text(graph_module: GraphModule) -> str:
     """One line per node, `%3 = aten.add.Tensor(%1, %2) # f32[s0, 64]`; equal for graphs that differ in names only.
@@ -39,7 +41,7 @@ def _line(node: Node, numbers: dict[Node, str]) -> str:
 def _target(node: Node) -> str:
     if isinstance(node.target, str):
         return f"module {node.target}"
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return str(node.target)
     return f"{node.target.__module__}.{node.target.__name__}"
 

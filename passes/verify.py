@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch.fx import GraphModule, Node
 
 from dcc.errors import PassError
 from dcc.passes.graph import returned
+from dcc.torch_internals import OpOverload, schema
 
 OPS = ("placeholder", "call_function", "call_module", "output")  # and get_attr for a body that blocks share
 
@@ -51,10 +51,10 @@ def _is_body(node: Node) -> bool:
 
 def returns_nothing(node: Node) -> bool:
     """Whether the call only checks something."""
-    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
+    return isinstance(node.target, OpOverload) and not schema(node.target).returns
 
 
 def is_mutation(node: Node) -> bool:
     """Whether the call writes to one of its arguments."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return isinstance(target, OpOverload) and schema(target).is_mutable

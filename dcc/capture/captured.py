@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from dcc.errors import CaptureError
 from dcc.passes.graph import returned
 from dcc.passes.values import VALUE, Argument, Input, Served
 from dcc.record.call import Call
+from dcc.torch_internals import fixed_size, pytree, slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,12 +160,13 @@ class Captured:
 
 def fixed_or_symbol(size: Any) -> int | str:
     """A fixed size as a number, a symbolic one as its expression."""
-    fixed = size if isinstance(size, int) else size.node.maybe_as_int()
-    return str(size) if fixed is None else int(fixed)
+    fixed = fixed_size(size)
+    return str(size) if fixed is None else fixed
 
 
 def weight_of(module: nn.Module, target: str) -> Weight:
     path, _, key = target.rpartition(".")
     owner = module.get_submodule(path)
-    slots: Any = owner._parameters if key in owner._parameters else owner._buffers
-    return Weight(slots, key, target)
+    parameters, buffers = slots(owner)
+    held: Any = parameters if key in parameters else buffers
+    return Weight(held, key, target)

@@ -19,7 +19,6 @@ import torch.export
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule
-from torch.utils import _pytree as pytree
 
 from dcc.capture import store
 from dcc.capture.captured import Captured, fixed_or_symbol, weight_of
@@ -29,6 +28,7 @@ from dcc.passes.graph import output_node, returned
 from dcc.passes.verify import is_mutation, verify
 from dcc.record.call import Call
 from dcc.text import error_line
+from dcc.torch_internals import pytree
 
 
 def capture(module: nn.Module, call: Call, first: Call | None = None) -> Captured:

@@ -18,13 +18,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils._sympy.printers import PythonPrinter
 
 from dcc.errors import CaptureError
 from dcc.files import write_file
+from dcc.torch_internals import (
+    OpOverload,
+    expression,
+    fixed_size,
+    hint,
+    module_stack,
+    set_module_stack,
+    sizes_from_hints,
+    spell,
+)
 
 FORMAT = 1
 FUNCTIONS = re.compile(r"_operator:\w+|math:\w+|torch:sym_\w+|builtins:(abs|max|min|round)")  # may be targets
@@ -83,7 +90,7 @@ class _Writer:
         try:
             target = node.target if node.op in ("placeholder", "output") else _name(node.target)
             value = self.value_index(node.meta["val"]) if "val" in node.meta else None
-            paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            paths = [path for path, _ in module_stack(node).values()]
             args, kwargs = self.argument(list(node.args)), {k: self.argument(v) for k, v in node.kwargs.items()}
         except CaptureError as error:
             raise CaptureError(f"node {node.name!r}: {error}") from error
@@ -130,14 +137,14 @@ class _Writer:
             return size
         if not isinstance(size, SYMBOLIC):
             raise CaptureError(f"a file cannot hold a value of type {type(size).__name__}")
-        fixed = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+        fixed = fixed_size(size) if isinstance(size, torch.SymInt) else None
         if fixed is not None:
-            return int(fixed)
-        expression = size.node.expr
-        self.used |= {str(symbol) for symbol in expression.free_symbols}
-        if expression.is_Symbol:
-            self.known[str(expression)] = int(size.node.hint)
-        return PythonPrinter().doprint(expression)
+            return fixed
+        formula = expression(size)
+        self.used |= {str(symbol) for symbol in formula.free_symbols}
+        if formula.is_Symbol:
+            self.known[str(formula)] = hint(size)
+        return spell(formula)
 
     def hints(self) -> dict[str, int]:
         """The size of every symbol at capture."""
@@ -150,16 +157,9 @@ class _Reader:
     """Nodes from JSON values; values of equal facts share one fake tensor."""
 
     def __init__(self, header: dict[str, Any]) -> None:
-        from torch._dynamo.source import ConstantSource  # a second that whoever reads no graph need not wait
-
         self.header, self.nodes = header, []
-        environment = ShapeEnv()
-        self.fake_mode = FakeTensorMode(shape_env=environment)
-        self.names: dict[str, Any] = {"math": math, "max": max, "min": min}
-        for name, hint in header["symbols"].items():
-            source = ConstantSource(f"dcc_{name}")
-            symbol = environment.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
-            self.names[name] = environment.create_symintnode(symbol, hint=hint, source=source)
+        self.fake_mode, sizes = sizes_from_hints(header["symbols"])
+        self.names: dict[str, Any] = {"math": math, "max": max, "min": min, **sizes}
         with self.fake_mode:
             self.values = [self.value(json.loads(text)) for text in header["values"]]
         self.stacks = [json.loads(text) for text in header["stacks"]]
@@ -174,7 +174,7 @@ class _Reader:
                 raise CaptureError(f"node {name!r} came back as {node.name!r}")
             if value is not None:
                 node.meta["val"] = self.values[value]
-            node.meta["nn_module_stack"] = {path: (path, None) for path in self.stacks[stack]}
+            set_module_stack(node, {path: (path, None) for path in self.stacks[stack]})
             self.nodes.append(node)
         return GraphModule({}, graph)
 
@@ -210,7 +210,7 @@ class _Reader:
 
 def _name(target: Any) -> str:
     """The name of an operator or function under which `_function` finds it again."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target)
     name = f"{getattr(target, '__module__', '')}:{getattr(target, '__name__', '')}"
     if _function(name) is not target:

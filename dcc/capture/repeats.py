@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from dcc.errors import CaptureError
 from dcc.passes.graph import arguments, layout
+from dcc.torch_internals import module_stack, pytree, set_module_stack, slots
 
 SMALLEST = 4  # modules of a block; copying less saves nothing
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -121,9 +121,10 @@ def _kind(value: Any, seen: dict[int, int]) -> Any:
         return "again", seen[id(value)]
     seen[id(value)] = len(seen)
     if isinstance(value, nn.Module):
-        own, tensors = vars(value), value._parameters | value._buffers
+        own, kept = vars(value), slots(value)
+        tensors = kept[0] | kept[1]
         facts = tuple((name, None if t is None else _described(t)) for name, t in tensors.items())
-        rest = tuple((k, _kind(v, seen)) for k, v in own.items() if k not in ("_parameters", "_buffers"))
+        rest = tuple((k, _kind(v, seen)) for k, v in own.items() if v is not kept[0] and v is not kept[1])
         return type(value), facts, rest
     if isinstance(value, list | tuple):
         return type(value), tuple(_kind(item, seen) for item in value)
@@ -238,16 +239,11 @@ def _copy(repeat: Node, enter: Node, leave: Node, copies: dict[Node, Node]) -> N
         elif any(map(copies.__contains__, node.all_input_nodes)) or not isinstance(node.meta.get("val"), SIZES):
             with repeat.graph.inserting_before(repeat):
                 copy = repeat.graph.node_copy(node, lambda value: copies.get(value, value))
-            inner = [entry for entry in _modules(node).values() if entry[0].startswith(f"{first}.")]
+            inner = [entry for entry in module_stack(node).values() if entry[0].startswith(f"{first}.")]
             moved = {path + inside[len(first) :]: (path + inside[len(first) :], kind) for inside, kind in inner}
-            copy.meta["nn_module_stack"] = _modules(repeat) | moved
+            set_module_stack(copy, module_stack(repeat) | moved)
             copies[node] = copy
         node = node.next
-
-
-def _modules(node: Node) -> dict[str, tuple[str, Any]]:
-    """Paths and classes of the modules around a node, outermost first."""
-    return node.meta.get("nn_module_stack") or {}
 
 
 def _replace(node: Node, values: Sequence[Node]) -> None:

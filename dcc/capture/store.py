@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from dcc import passes
 from dcc.capture.captured import Captured, fixed_or_symbol, weight_of
@@ -23,6 +22,7 @@ from dcc.passes.verify import verify
 from dcc.record.call import Call
 from dcc.record.fingerprint import code_hash
 from dcc.text import error_line
+from dcc.torch_internals import pytree
 
 STORED = 64  # graphs kept on disk; the oldest give way
 
@@ -45,7 +45,8 @@ def place(module: nn.Module, call: Call) -> Path | None:
 def _sources() -> str:
     """Everything of dcc that shapes a captured graph: this room, the calls that it binds, and the passes it uses."""
     here = Path(__file__).parent
-    files = [*here.glob("*.py"), here.parent / "record" / "call.py", *Path(passes.__path__[0]).glob("*.py")]
+    beside = [here.parent / "record" / "call.py", here.parent / "torch_internals.py"]
+    files = [*here.glob("*.py"), *beside, *Path(passes.__path__[0]).glob("*.py")]
     return "\n".join(file.read_text() for file in sorted(files))
 
 

@@ -1,4 +1,4 @@
-"""Lowers the graph of one variant to a callable for fixed shapes. The only file that uses torch._inductor.
+"""Lowers the graph of one variant to a callable for fixed shapes.
 
 The last passes fix its sizes and outline repeated blocks, and the graph goes straight to Inductor. Each lowered
 variant is compared once with its eager graph, on the first real inputs it gets; where they disagree the graph is
@@ -13,16 +13,13 @@ import functools
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dcc.errors import LoweringError
 from dcc.lower import cuda_graphs
@@ -32,6 +29,7 @@ from dcc.passes.outline_blocks import Outlines, bodies
 from dcc.passes.specialize import Shapes
 from dcc.record.call import Call
 from dcc.text import error_line
+from dcc.torch_internals import compile_with_inductor, fake_mode_with_sizes, load_inductor, probe_cpu
 from dcc.variants.observe import Observer
 from dcc.variants.variant import Variant
 
@@ -79,17 +77,13 @@ def start_inductor() -> threading.Thread:
 
     It builds and loads test programs to find out what the processor can do: a second, or eight with an empty cache.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what they import
-        import torch._inductor.codecache  # two seconds that a user of the eager backend need not wait
-        import torch._inductor.cpu_vec_isa
-        import torch.utils.cpp_extension  # which the thread would import, beside imports of this one
+    load_inductor()
 
     def probe() -> None:
         with contextlib.suppress(OSError, AttributeError):  # on two cores the recorded run would take thrice as long
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         with contextlib.suppress(Exception):  # Inductor meets it again, and the lowering says so
-            torch._inductor.cpu_vec_isa.valid_vec_isa_list()
+            probe_cpu()
 
     thread = threading.Thread(target=probe, name="dcc start_inductor", daemon=True)
     thread.start()
@@ -161,7 +155,7 @@ def _prepared(
     variant: Variant, values: Sequence[Tensor], outline: bool, observer: Observer
 ) -> tuple[GraphModule, list[Tensor], int]:
     """The graph for inputs like these, those inputs as fake tensors, and how many bodies its blocks share."""
-    fake_mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor keeps nothing on disk without one
+    fake_mode = fake_mode_with_sizes()
     fakes: list[Tensor] = [fake_mode.from_tensor(value.detach(), static_shapes=True) for value in values]
     graph_module = copy_of(variant.graph_module)
     orders = (Shapes(fakes), Outlines()) if outline else (Shapes(fakes),)
@@ -175,17 +169,11 @@ def _inductor(graph_module: GraphModule, fakes: Sequence[Tensor], mode: str) -> 
 
     Inductor keeps what it makes on disk, by graph, versions, settings and device; a second process finds it there.
     """
-    import torch._inductor
-
     if all(value.device.type == "cpu" for value in fakes):
         start_inductor().join()
     for node in graph_module.graph.nodes:
         node.meta.pop("val", None)  # Inductor makes its own
-    options = torch._inductor.list_mode_options(mode) | {"triton.cudagraphs": False}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own deprecations; under -W error they would stop the lowering
-        compiled: Any = torch._inductor.compile(graph_module, list(fakes), options)
-    return compiled
+    return compile_with_inductor(graph_module, fakes, mode)
 
 
 def _graphed(

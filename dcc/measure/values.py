@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from dcc.discover.subject import Subject
 from dcc.passes.base import Row
@@ -16,6 +15,7 @@ from dcc.record.call import bind
 from dcc.record.seam import Handler
 from dcc.record.target import installed
 from dcc.serve.binding import Binding, Tables
+from dcc.torch_internals import pytree
 from dcc.variants.observe import Observer
 from dcc.variants.variant import variant
 

@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dcc.errors import CaptureError
+from dcc.torch_internals import pytree
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 

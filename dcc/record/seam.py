@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from dcc.errors import AlreadyCompiledError
+from dcc.torch_internals import COMPILED_CALL, plain_call
 
 HANDLER = "_dcc"  # the entry that holds the handler
 
@@ -88,7 +89,7 @@ def install(module: nn.Module, handler: Handler) -> None:
     remove(module)
     own = {
         HANDLER: handler,
-        "_compiled_call_impl": _calls(module, handler),
+        COMPILED_CALL: _calls(module, handler),
         "forward": _forwards(module, handler),
         "cache_context": _context(module, handler),
         "compile": _refusal(module),
@@ -148,7 +149,7 @@ def _runs_plain(module: nn.Module) -> bool:
 def _calls(module: nn.Module, handler: Handler) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if _runs_plain(module):
-            return module._call_impl(*args, **kwargs)
+            return plain_call(module)(*args, **kwargs)
         return handler(*args, **kwargs)
 
     return torch.compiler.disable(call)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dcc.errors import AlreadyCompiledError, PeerCacheError, PipelineError, PromptError
 from dcc.record import seam
 from dcc.record.recorder import Recorder, StopAfterFirstCall
+from dcc.torch_internals import COMPILED_CALL, hook_names, progress_bar_settings
 
 DENOISER_NAMES = ("transformer", "unet")
 PEER_MARKS = ("_is_cached", "is_cache_enabled", "enable_teacache")
@@ -99,7 +100,7 @@ class PipelineTarget:
             prompt = list(prompts)
             texts = [name for name, value in kwargs.items() if "prompt" in name and isinstance(value, str)]
             kwargs |= {name: [kwargs[name]] * len(prompts) for name in texts}
-        bar = dict(getattr(self.pipe, "_progress_bar_config", {}))
+        bar = progress_bar_settings(self.pipe)
         self.pipe.set_progress_bar_config(disable=True)
         try:
             return self.pipe(prompt, **kwargs)
@@ -302,9 +303,9 @@ def _check_state(module: nn.Module) -> None:
     marks = [mark for mark in PEER_MARKS if getattr(module, mark, None)]
     for path, part in module.named_modules():
         where = path or name
-        registry = getattr(part, "_diffusers_hook", None)
-        marks += [f"hook {hook!r} on {where}" for hook in getattr(registry, "hooks", {})]
-        if "forward" in vars(part) and registry is None:  # diffusers leaves an empty registry when hooks are removed
+        hooks = hook_names(part)
+        marks += [f"hook {hook!r} on {where}" for hook in hooks or []]
+        if "forward" in vars(part) and hooks is None:
             marks.append(f"a replaced forward on {where}")
     if marks:
         found = ", ".join(marks[:3]) + (", ..." if marks[3:] else "")
@@ -313,7 +314,7 @@ def _check_state(module: nn.Module) -> None:
             "features, and a hooked module cannot be captured. Take it off (diffusers: disable_cache(), cache-dit: "
             "disable_cache(pipe), accelerate: remove_all_hooks()) and compile again"
         )
-    if vars(module).get("_compiled_call_impl") is not None:
+    if vars(module).get(COMPILED_CALL) is not None:
         raise PipelineError(f"{name}.compile() was called on it; give dcc the module itself, it compiles it")
     if hasattr(module, "_orig_mod"):
         raise PipelineError(f"{name} is wrapped by torch.compile; give dcc the module itself, it compiles it")

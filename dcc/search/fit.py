@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dcc.plans.predictors import newton_through
 from dcc.record.call import bind
 from dcc.record.recorder import Recording
 from dcc.record.seam import Handler
 from dcc.search.trace import Layout, Trace, first_tensor
+from dcc.torch_internals import pytree
 
 LINEAR = 2e-2  # relative residual up to which the sampler counts as linear; half-precision states leave 1e-3 or so
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dcc.record.call import bind
 from dcc.record.recorder import Recording
 from dcc.record.seam import Handler
+from dcc.torch_internals import pytree
 
 COORDINATES = 32768  # values kept of each sample; a fit of a few coefficients needs no more
 

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from dcc.capture.export import capture
 from dcc.discover.sites import Sites
@@ -28,6 +27,7 @@ from dcc.serve.session import Counts, Sessions, Stream
 from dcc.serve.static import StaticRunner
 from dcc.serve.summary import Summary
 from dcc.serve.triggered import TriggeredRunner
+from dcc.torch_internals import pytree
 from dcc.variants.build import Family, build
 
 

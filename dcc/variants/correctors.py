@@ -25,6 +25,7 @@ from dcc.errors import PlanError
 from dcc.passes.base import Correction, Port, Site
 from dcc.passes.graph import arguments, is_tensor, nodes_by_name
 from dcc.plans.forms import CorrectorForm, Form
+from dcc.torch_internals import version
 
 
 def corrections(form: Form | None, group: Sequence[Site], sites: Sites) -> list[Correction]:
@@ -72,7 +73,7 @@ class Factors:
 
     def of(self, correction: Correction, weight: Tensor, own: bool) -> tuple[Tensor, ...]:
         """A map's matrices with the device and dtype of `weight`; made of it where it is the map's `own` weight."""
-        key = ((weight.data_ptr(), weight._version) if own else None, weight.device, weight.dtype)
+        key = ((weight.data_ptr(), version(weight)) if own else None, weight.device, weight.dtype)
         known = self.made.get(correction)
         if known is None or known[0] != key:
             made = low_rank(correction, weight) if own else _from_file(correction)

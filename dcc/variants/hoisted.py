@@ -20,6 +20,7 @@ from dcc.passes.invariants import invariants, worth_hoisting
 from dcc.passes.split_at import prefix
 from dcc.passes.values import VALUE, Argument, Input, Served
 from dcc.record.call import Call
+from dcc.torch_internals import version
 
 
 @dataclass
@@ -104,5 +105,4 @@ def held_bytes(held: dict[Any, Held]) -> int:
 
 def _mark(tensor: Tensor) -> tuple[Any, ...]:
     """What tells a tensor from another one, and from itself before it was written to."""
-    version = None if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
+    return tensor.data_ptr(), version(tensor), tensor.shape, tensor.stride(), tensor.dtype

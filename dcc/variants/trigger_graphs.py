@@ -16,12 +16,13 @@ from dcc.decisions import Decision
 from dcc.discover.sites import Sites
 from dcc.errors import PolicyError
 from dcc.passes.base import GUIDANCE, Group, Look, Port, Row, Site, Table
-from dcc.passes.graph import carries_batch, nodes_by_name, returned, symbols
+from dcc.passes.graph import carries_batch, nodes_by_name, returned
 from dcc.passes.insert_measures import Measures
 from dcc.passes.split_at import ancestors, prefix, suffix
 from dcc.passes.values import Distance, Watched, emitted
 from dcc.plans.plan import Plan, is_full
 from dcc.plans.triggers import BEFORE, Measure
+from dcc.torch_internals import symbols_of
 from dcc.variants.selection import cache_orders
 from dcc.variants.variant import Variant
 
@@ -92,7 +93,7 @@ class TriggerGraphs:
         names = [*self.handed, *self.captured.inputs.values(), *(p.out for p in self.ports.values())]
         names += [port.out for group in self.selected for site in group for port in site.ports]
         shapes = {name: self.nodes[name].meta["val"].shape for name in names if name in self.nodes}
-        return all(self.batched(n) or not any(self.batch in symbols(size) for size in s) for n, s in shapes.items())
+        return all(self.batched(n) or not any(self.batch in symbols_of(size) for size in s) for n, s in shapes.items())
 
     def looks(self, row: tuple[int, ...] | None) -> list[Measure]:
         """What is measured in a row, or, for None, before the decision."""
