@@ -38,10 +38,11 @@ from subjects import BUDGETS, SLACK, Contestant, DoesNotRun, Subject
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcc
-from dcc.passes.costs import CPU_ATTENTION
+from dcc.passes.costs import FLOP_FORMULAS
 from dcc.quality import psnr, ssim
 from dcc.record.target import Samples
 from dcc.text import error_line
+from dcc.torch_internals import COMPILED_CALL, plain_call
 
 SEED = 1000  # of the first test prompt
 CALIBRATION_SEED = 0
@@ -65,25 +66,25 @@ def counted(net: torch.nn.Module) -> Iterator[list[int]]:
     Counts at the outermost door of the module, so that what dcc runs in its place is counted too.
     """
     counts: list[int] = []
-    own = vars(net).get("_compiled_call_impl")
-    inner = own or net._call_impl
+    own = vars(net).get(COMPILED_CALL)
+    inner = own or plain_call(net)
 
     def counting(*args: Any, **kwargs: Any) -> Any:
-        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
         counter.mod_tracker = _NoModules()
         with counter:
             result = inner(*args, **kwargs)
         counts.append(counter.get_total_flops())
         return result
 
-    vars(net)["_compiled_call_impl"] = counting
+    vars(net)[COMPILED_CALL] = counting
     try:
         yield counts
     finally:
         if own is None:
-            del vars(net)["_compiled_call_impl"]
+            del vars(net)[COMPILED_CALL]
         else:
-            vars(net)["_compiled_call_impl"] = own
+            vars(net)[COMPILED_CALL] = own
 
 
 class Measurement:
