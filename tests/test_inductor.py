@@ -14,7 +14,9 @@ from torch._dynamo.utils import counters
 import dcc
 from dcc.capture.export import capture
 from dcc.lower.program import Programs, lower, start_inductor
+from dcc.passes.text import text
 from dcc.record.call import bind
+from dcc.variants.observe import Observer, Options
 from dcc.variants.variant import Variant
 
 from .denoisers import CASES
@@ -196,3 +198,40 @@ def test_an_unknown_mode_lists_the_modes() -> None:
     variant, inputs = square()
     with pytest.raises(dcc.errors.LoweringError, match=r"'fast'; there are: default, reduce-overhead, max-autotune"):
         lower(variant, inputs, "inductor", "fast")
+
+
+class Blocks(torch.nn.Module):
+    """Three blocks that are alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [torch.nn.Sequential(*(torch.nn.Linear(4, 4), torch.nn.GELU()) * 3) for _ in range(3)]
+        self.blocks = torch.nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@torch.no_grad()
+def test_the_dump_shows_the_graph_that_goes_to_inductor(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes are numbers in it, and blocks that are alike are calls of one body."""
+    handed = []
+
+    def lowering(graph_module: torch.fx.GraphModule, *_: Any) -> Any:
+        handed.append(text(graph_module))
+        return variant.graph_module
+
+    module, x = Blocks().eval(), torch.randn(2, 4)
+    captured = capture(module, bind(module, (x,), {}, frozenset()))
+    variant = Variant("row0", captured.graph_module, 1)
+    inputs = captured.inputs_of(bind(module, (torch.randn(3, 4),), {}, frozenset()))
+    monkeypatch.setattr(torch._inductor, "compile", lowering)
+    program = lower(variant, inputs, "inductor", observer=Observer(Options(dump=tmp_path)))
+    assert program.problem is None and program.bodies == 1
+    dumps = sorted(tmp_path.iterdir())
+    assert [path.name for path in dumps] == ["row0_lowered_00_specialize.txt", "row0_lowered_01_outline_blocks.txt"]
+    (lowered,) = handed
+    assert dumps[-1].read_text() == lowered
+    assert lowered.count("invoke_subgraph") == 3 and "f32[3, 4]" in lowered and "s0" not in lowered

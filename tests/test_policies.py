@@ -2,9 +2,12 @@
 
 import pytest
 
+import dcc
 from dcc.errors import PolicyError
 from dcc.plans.predictors import Predictor
 from dcc.policies import Setting, make_policy, parameter_names
+
+from .nets import Net, sample
 
 
 def mask(text):
@@ -115,3 +118,19 @@ def test_unknown_parameters_list_those_of_this_policy():
 
 def test_parameter_names():
     assert parameter_names("taylorseer") == ["interval", "order", "first", "site", "steps_mask"]
+
+
+@pytest.mark.parametrize("policy", dcc.policies.names())
+def test_every_policy_runs_or_says_why_it_cannot(policy):
+    """On a denoiser with neither blocks nor modulation nor attention; a refusal leaves the module as it was."""
+    net = Net().eval()
+    before = dict(vars(net))
+    try:
+        dcc.compile(net, [1], sample=sample, policy=policy, backend="eager")
+    except dcc.errors.DccError as refusal:
+        assert "need" in str(refusal) or "no site" in str(refusal) or "no group" in str(refusal), refusal
+    else:
+        assert sample(net, 1).isfinite().all()
+        assert dcc.compiled(net).sessions.counts.computed >= 1
+        dcc.restore(net)
+    assert vars(net) == before

@@ -14,8 +14,10 @@ import torch
 
 from dcc.plans.plan import Plan, make_plan, with_costs
 from dcc.plans.predictors import Predictor
+from dcc.plans.triggers import Anchored
 from dcc.report.report import Report, Row
 from dcc.report.scatter import Point, scatter
+from dcc.report.tables import steps_table
 from dcc.text import render
 
 PROMPTS = ["a red circle", "a <b>bold</b> square", "a green cross", "two stars"]
@@ -153,6 +155,30 @@ def test_sites_with_one_schedule_share_a_line(tmp_path: Path):
     report.save_html(tmp_path / "r.html")
     html = (tmp_path / "r.html").read_text()
     assert "attn and 2 more" in html and html.count("<rect") == 12
+
+
+def test_steps_that_compute_some_tokens_or_are_decided_are_drawn_as_what_they_are(tmp_path: Path):
+    """Neither is a computed step, whatever number the schedule holds for it."""
+    facts = {
+        "model": "m", "scheduler": "s", "levels": (4.0, 3.0, 2.0, 1.0), "sites": ["mlp"],
+        "predictors": [Predictor("copy")], "policy": "test", "parameters": {},
+    }  # fmt: skip
+    tokens = {"tokens": {"select": "random", "ratio": [0.5]}}
+    refreshed = make_plan(**facts, schedule=[[1], [2], [0], [1]], forms=[tokens])
+    decided = make_plan(**facts, schedule=[[1], [0], [0], [1]], trigger=Anchored("mlp", 0.1))
+    report = a_report()
+    report.rows = [a_row("refreshed", 3, 30.0, 0.5), a_row("decided", 3, 30.0, 0.5)]
+    report.rows[0].plan, report.rows[1].plan = refreshed, decided
+    report.save_html(tmp_path / "r.html")
+    html = (tmp_path / "r.html").read_text()
+    assert re.findall(r'<rect class="(\w+)"', html) == [
+        "computed", "refreshed", "forecast", "computed", "computed", "decided", "decided", "computed"
+    ]  # fmt: skip
+    for key in ("forecast but for some tokens", "decided at run time"):
+        assert key in html
+    shown = [render(steps_table(plan), 100).splitlines() for plan in (refreshed, decided)]
+    assert "some tokens computed; +1 of 0" in shown[0][2] and "+1 of 0" in shown[0][3]
+    assert ["decided at run time" in line for line in shown[1][1:]] == [False, True, True, False]
 
 
 def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

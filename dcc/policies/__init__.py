@@ -6,7 +6,7 @@ from typing import Any
 
 from dcc.errors import PolicyError
 from dcc.policies import hybrid, hybrid_blocks, layer_adaptive, predictive, static, timestep_adaptive
-from dcc.policies.base import DEFAULT_SITE, Cached, Method, Policy, Setting
+from dcc.policies.base import DEFAULT_SITE, REQUIRED, Cached, Method, Policy, Setting
 
 __all__ = ["DEFAULT_SITE", "POLICIES", "Cached", "Method", "Policy", "Setting", "make_policy", "names"]
 
@@ -25,13 +25,16 @@ def names() -> list[str]:
 
 
 def make_policy(name: str, setting: Setting, parameters: dict[str, Any]) -> Policy:
-    """The named policy for a setting. Raises PolicyError for an unknown name, parameter or value."""
+    """The named policy for a setting. Raises PolicyError for an unknown name, parameter or value, or a missing one."""
     known = parameter_names(name)
     unknown = [key for key in parameters if key not in known]
     if unknown:
         raise PolicyError(
             f"policy {name!r} takes no parameter {', '.join(map(repr, unknown))}; it takes: {', '.join(known)}"
         )
+    missing = [key for key, value in POLICIES[name].defaults.items() if value == REQUIRED and key not in parameters]
+    if missing:
+        raise PolicyError(f"policy {name!r} needs {', '.join(missing)}=: see `dcc policies {name}`")
     return POLICIES[name](setting, **parameters)
 
 

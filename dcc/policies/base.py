@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dcc.plans.triggers import Trigger
 
 DEFAULT_SITE = "auto"  # the residual of all blocks where there is one, else the U-Net cut, else the raw output
+REQUIRED = "required"  # in the place of the default of a parameter that has none
 COPY = Predictor("copy")
 
 
@@ -157,7 +158,7 @@ class Method:
         """Its keyword parameters with their defaults as text; "required" where there is none."""
         signature = inspect.signature(self.make).parameters
         keywords = [p for p in signature.values() if p.kind is p.KEYWORD_ONLY]
-        return {p.name: "required" if p.default is p.empty else repr(p.default) for p in keywords}
+        return {p.name: REQUIRED if p.default is p.empty else repr(p.default) for p in keywords}
 
     def facts(self) -> dict[str, Any]:
         """Its row of the table, as plain values."""

@@ -50,6 +50,8 @@ def teacache(
     change of the raw output over that of the modulated input.
     """
     between(0, math.inf, threshold=threshold)
+    if not setting.has("modulated"):
+        raise PolicyError("teacache needs blocks that modulate what they take by the timestep; this denoiser has none")
     if coefficients is None:
         coefficients = _fitted(setting)
     return Policy(
