@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -205,7 +206,7 @@ class Blocks(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        blocks = [torch.nn.Sequential(*(torch.nn.Linear(4, 4), torch.nn.GELU()) * 3) for _ in range(3)]
+        blocks = [torch.nn.Sequential(*(torch.nn.Linear(4, 4), torch.nn.GELU()) * 5) for _ in range(3)]
         self.blocks = torch.nn.ModuleList(blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -233,5 +234,7 @@ def test_the_dump_shows_the_graph_that_goes_to_inductor(tmp_path, monkeypatch: p
     dumps = sorted(tmp_path.iterdir())
     assert [path.name for path in dumps] == ["row0_lowered_00_specialize.txt", "row0_lowered_01_outline_blocks.txt"]
     (lowered,) = handed
-    assert dumps[-1].read_text() == lowered
-    assert lowered.count("invoke_subgraph") == 3 and "f32[3, 4]" in lowered and "s0" not in lowered
+    dumped = dumps[-1].read_text()
+    plain = [re.sub(r"  # .*", "", each) for each in (dumped, lowered)]  # Inductor makes its own shapes
+    assert plain[0] == plain[1]
+    assert dumped.count("invoke_subgraph") == 3 and "f32[3, 4]" in dumped and "f32[s" not in dumped
