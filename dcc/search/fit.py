@@ -95,7 +95,7 @@ def find_sampler(traces: Sequence[Trace]) -> Sampler | None:
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How a gap is fitted: `anchors` regressors; `ridge` (of their mean square) pulls to the polynomial of `order`."""
+    """How a gap is fitted: `anchors` regressors; `ridge`, in their mean square, pulls to the polynomial of `order`."""
 
     anchors: int = 3
     order: int = 1

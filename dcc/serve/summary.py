@@ -35,7 +35,7 @@ class Summary:
     syncs: int = 0
     regions: int = 0
     hoisted_bytes: int = 0  # of what no step changes, held beside the cache
-    prologues: int = 0  # times that was computed
+    prologues: int = 0  # how often that was computed
 
     @classmethod
     def of(
