@@ -26,7 +26,7 @@ from dcc.text import count, decibels
 
 # About three times fewer denoiser FLOPs on both demo pipelines.
 INTERVALS = {"taylorseer": 4, "interval": 3}
-CALIBRATION = 8  # prompts that policies measure on, other ones than those they are scored on
+CALIBRATION = 8  # prompts that policies measure on, which are not those they are scored on
 
 
 class Commands(TyperGroup):

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Decision(IntEnum):
-    """What is done with one site at one step: a whole number, as plan files hold it, which compares equal to that."""
+    """What is done with one site at one step: a whole number, as plan files hold it, and equal to that number."""
 
     FORECAST = 0  # made from its anchors
     COMPUTE = 1  # computed, and kept as an anchor

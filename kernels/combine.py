@@ -1,7 +1,8 @@
 """Forecast combine: a linear combination of at most 8 anchors with per-sample or per-channel coefficients.
 
 The passes spell the plain form out in the graph, and Inductor fuses it with what follows. The kernel adds a gate and a
-residual, so that a forecast branch enters its stream in one pass over memory. It sums in float32 and casts once.
+residual, so that a forecast branch enters its residual stream in one pass over memory. It sums in float32 and casts
+once.
 """
 
 from __future__ import annotations

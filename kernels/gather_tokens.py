@@ -13,7 +13,7 @@ MOST_BLOCK = 1024
 
 @jit()
 def _kernel(out, value, index, chosen, width, value_stride, BLOCK: tl.constexpr):
-    """Copies to out [samples, chosen, width] from value [samples or 1, tokens, width], each program part of a token."""
+    """Copies tokens of value [samples or 1, tokens, width] to out [samples, chosen, width], one part per program."""
     rank, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = sample * chosen + rank

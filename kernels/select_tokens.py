@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ITERATIONS = 10  # of K-means: fixed, so that the graph is static
+ITERATIONS = 10  # rounds of K-means: fixed, so that the graph is static
 
 
 def count(ratio: float, tokens: int) -> int:

@@ -17,7 +17,7 @@ OUTPUT = "output"
 
 
 class Dataflow:
-    """Data flow of one graph. The digraph's nodes are the names of the graph's; the graph's output is `OUTPUT`."""
+    """Data flow of one graph. The digraph's nodes are the graph's node names; the graph's output is `OUTPUT`."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         self.digraph = nx.DiGraph()

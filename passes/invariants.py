@@ -20,7 +20,7 @@ from dcc.passes.graph import arguments, is_tensor, returned
 from dcc.torch_internals import OpOverload, schema
 
 FLOPS_PER_BYTE = 8  # a core does about ten FLOPs while it reads a byte, a GPU a hundred: below this, compute it again
-# without FLOPs: how many times a value's bytes are written on the way to it; one pass is fused with what reads it
+# without FLOPs: how many times a value's own bytes are written on the way to it; one pass is fused with what reads it
 PASSES_SAVED = 2
 MIN_BYTES = 1 << 16  # without FLOPs: fewer bytes written are a few launches, which do not pay for one more input
 INFLATION = 2  # a value without FLOPs of its own that is this many times as large as its inputs is made at every step
@@ -46,7 +46,7 @@ def invariants(graph_module: GraphModule, moving: Collection[str], kept: Collect
 
 
 def frontier(graph_module: GraphModule, fixed: Collection[str]) -> list[str]:
-    """The computed tensors among the `fixed` nodes that a node which is not fixed takes, or the output; in order."""
+    """The computed tensors among `fixed` that the output or a node that is not fixed takes, in the graph's order."""
     return [
         node.name
         for node in graph_module.graph.nodes

@@ -72,7 +72,7 @@ class _Editor:
         self.output = output_node(graph_module)
         self.here: Node = self.output
         self.merged: dict[Node, Node] = {}  # from a refreshed site's value to what stands for it now
-        self.asked: tuple[Node, Node] | None = None  # scores from the output of the step before, and their index
+        self.asked: tuple[Node, Node] | None = None  # scores from the output of the step before, and what they chose
 
     def value_of(self, refresh: Refresh) -> Node:
         return self.nodes[refresh.site.ports[0].out]

@@ -148,7 +148,7 @@ class Captured:
         return equal
 
     def is_exact(self, module: nn.Module, *calls: Call) -> bool:
-        """Whether the first of `calls` that it accepts gives the module's outputs bit for bit; False if none does."""
+        """Whether the first of `calls` that it accepts gives the module's outputs bit for bit; False without one."""
         call = next((call for call in calls if self.accepts(call)), None)
         return call is not None and self.agrees(module, call, exactly=True)
 

@@ -30,7 +30,7 @@ from dcc.record.fingerprint import weights_hash
 from dcc.record.recorder import Recording
 from dcc.record.target import Samples, Target, call_parameters, check_prompts, installed, is_pipeline, make_target
 
-MARK, VERSION = "dcc_calibration", 1  # of checkpoints
+MARK, VERSION = "dcc_calibration", 1  # mark and version of checkpoints
 SUMS = ("gram", "moved", "size")
 PROBE_BUDGET = 0.1  # whole runs spent on sensitivity, per prompt
 

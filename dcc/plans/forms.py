@@ -205,7 +205,7 @@ class BandsForm(Form):
 
 @dataclass(frozen=True)
 class ClustersForm(Form):
-    """One row of coefficients per cluster of channels; `of_channel` has each channel's cluster, `parts` predictors."""
+    """One row of coefficients per cluster of channels: `of_channel` is a channel's cluster, `parts` the predictors."""
 
     kind: ClassVar[str] = "clusters"
     of_channel: tuple[int, ...]

@@ -120,7 +120,7 @@ def remove(module: nn.Module) -> Handler | None:
 
 @contextmanager
 def installed(module: nn.Module, handler: Handler | None) -> Iterator[None]:
-    """Sets the handler, or none, on the module inside the context; at its end what was there before is back."""
+    """Sets the handler, or none, on the module inside the context, and always puts back what was there before."""
     before = remove(module)
     if handler is not None:
         install(module, handler)

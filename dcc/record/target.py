@@ -251,14 +251,14 @@ def check_prompts(prompts: Any, text: bool) -> list[Any]:
 
 @contextlib.contextmanager
 def installed(target: Target, handler: seam.Handler | None) -> Iterator[None]:
-    """Sets the handler, or none, on the denoiser inside the context; at its end what was there before is back."""
+    """Sets the handler, or none, on the denoiser inside the context, and always puts back what was there before."""
     with seam.installed(target.module, handler):
         yield
 
 
 @contextlib.contextmanager
 def recording(target: Target, only_first: bool = False) -> Iterator[Recorder]:
-    """Sets a Recorder on the denoiser inside the context; at its end what was there before is back."""
+    """Sets a Recorder on the denoiser inside the context, and always puts back what was there before."""
     recorder = Recorder(target.module, only_first)
     try:
         with installed(target, recorder), torch.no_grad(), torch.random.fork_rng():

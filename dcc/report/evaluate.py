@@ -324,7 +324,7 @@ def picture(sample: Tensor) -> Tensor:
 
 @contextmanager
 def _uncompiled(model: Any) -> Iterator[Any]:
-    """Takes off the model what dcc has set on it, inside the context; that is back at the end, whatever happens."""
+    """Takes off the model what dcc has set on it, inside the context, and always puts it back."""
     with installed(denoiser_of(model), None):
         yield model
 

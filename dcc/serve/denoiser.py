@@ -32,7 +32,7 @@ from dcc.variants.build import Family, build
 
 
 class Runner(Protocol):
-    """Serves steps: by a static schedule, as a trigger decides, or to measure them."""
+    """Serves steps: by a static schedule, as a trigger decides, or for a calibration."""
 
     def build(self, sites: Sites) -> Family:
         """The graphs that it runs, for one captured graph."""

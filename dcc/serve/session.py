@@ -44,7 +44,7 @@ class Stream:
     served: list[int] = field(default_factory=list)  # per selector, at other noise levels than the plan's (mapping.due)
     extra: set[int] = field(default_factory=set)  # steps that the guard has computed besides the planned ones
     anchors: dict[str, Anchors] = field(default_factory=dict)  # by site
-    states: dict[State, Tensor] = field(default_factory=dict)  # of token selection
+    states: dict[State, Tensor] = field(default_factory=dict)  # states of token selection
     once: dict[Any, Held] = field(default_factory=dict)  # what no step changes, by the shapes of the call
     watch: Any = None  # a triggered.Watch, where the plan has a trigger
 
@@ -91,7 +91,7 @@ class Counts:
     missed: int = 0  # the plan says forecast, but the anchors it needs were not there
     sessions: int = 0
     guarded: int = 0  # computed because a prompt was harder than those the plan was made for
-    mapped: int = 0  # at other noise levels than the plan's
+    mapped: int = 0  # calls at other noise levels than the plan's
     forgotten: int = 0  # streams dropped because there were more than MAX_STREAMS
     peak_bytes: int = 0
     peak_hoisted: int = 0  # bytes of what no step changes, apart from the anchors' peak_bytes

@@ -55,7 +55,7 @@ class Ring:
         self.values = shifted
 
     def at(self, age: int) -> tuple[Tensor, ...]:
-        """The values that were kept `age` times before the newest; where fewer are there, the oldest."""
+        """The values of this age, 0 being the newest; where fewer are there, the oldest."""
         return self.values[min(age, len(self.values) - 1)]
 
     def bytes(self) -> int:
@@ -78,8 +78,8 @@ class Watch:
     """What a stream keeps for its trigger and its forecasts."""
 
     memories: list[Memory]
-    rings: dict[str, Ring] = field(default_factory=dict)  # of the cached sites
-    seen: dict[Port, Ring] = field(default_factory=dict)  # of the watched values, at computed steps
+    rings: dict[str, Ring] = field(default_factory=dict)  # values of the cached sites
+    seen: dict[Port, Ring] = field(default_factory=dict)  # values of the watched ports, at computed steps
     previous: dict[Port, Tensor] = field(default_factory=dict)
     over: list[Over] = field(default_factory=list)
 
