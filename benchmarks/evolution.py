@@ -36,7 +36,7 @@ def front(points: list[tuple[float, float, str]]) -> list[tuple[float, float, st
 
 
 def main() -> None:
-    """Draws one panel a pipeline."""
+    """Draws one panel per pipeline."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

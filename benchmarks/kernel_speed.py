@@ -89,7 +89,7 @@ def error(case: Case) -> float:
 
 
 def time_case(case: Case, repeats: int, copy: float) -> dict[str, Any]:
-    """One row; times are medians with a cold cache, `copy` is in bytes a millisecond."""
+    """One row; times are medians with a cold cache, `copy` is in bytes per millisecond."""
     compiled = torch.compile(case.reference, dynamic=False)
     compiled(*case.arguments)
     kernel, inductor = (

@@ -137,7 +137,7 @@ def _timestep(subject: Subject, pipe: Any) -> Callable[[], float]:
     seen = [0.0]
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = args[1] if len(args) > 1 else kwargs["timestep"]  # one number, or one a sample
+        value = args[1] if len(args) > 1 else kwargs["timestep"]  # one number, or one per sample
         seen[0] = float(value.flatten()[0]) * (1000 if subject.name == "mmdit" else 1)
 
     subject.target(pipe).module.register_forward_pre_hook(note, with_kwargs=True)

@@ -20,7 +20,7 @@ SPEEDUPS = (2, 3, 4, 5, 7)
 
 
 def main() -> None:
-    """One plan a budget, each from scratch."""
+    """One plan per budget, each from scratch."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("pipelines", nargs="+", choices=dcc.demo.names())
     arguments.add_argument("--speedups", type=int, nargs="+", default=SPEEDUPS)

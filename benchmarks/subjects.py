@@ -105,7 +105,7 @@ class Contestant:
 
 
 def budgets(variants: Iterable[Contestant]) -> Iterator[Contestant]:
-    """Every variant once a budget; a knob keeps the values that can meet it if what is skipped costs nothing."""
+    """Every variant once per budget; a knob keeps the values that can meet it if what is skipped costs nothing."""
     for variant in variants:
         for budget in BUDGETS:
             knob = variant.knob

@@ -60,9 +60,9 @@ def __dir__() -> list[str]:
 
 
 def _hide_our_kernels() -> None:
-    """Keeps transformers from taking our folder kernels/ for Hugging Face's package of that name, where both are found.
+    """Keeps transformers from taking our folder kernels/ for Hugging Face's package of that name.
 
-    That is so where python was started at the root of dcc's sources; transformers would then fail to import.
+    It would do so, and fail to import, where python was started at the root of dcc's sources.
     """
     bare = importlib.util.find_spec("kernels")
     if bare is not None and bare.origin == str(Path(__file__).resolve().parent.parent / "kernels" / "__init__.py"):

@@ -26,7 +26,7 @@ from dcc.text import count, decibels
 
 # About three times fewer denoiser FLOPs on both demo pipelines.
 INTERVALS = {"taylorseer": 4, "interval": 3}
-CALIBRATION = 8  # prompts that policies measure on, other ones than those they are scored on
+CALIBRATION = 8  # prompts that policies measure on, which are not those they are scored on
 
 
 class Commands(TyperGroup):
@@ -243,7 +243,7 @@ def plan_search(
 
 @contextlib.contextmanager
 def _threads(number: int) -> Iterator[None]:
-    """So many CPU threads inside."""
+    """Runs with this many CPU threads inside the context."""
     import torch
 
     before = torch.get_num_threads()
@@ -334,7 +334,7 @@ def _load(pipeline: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither progress bars nor advice from the libraries that load a pipeline; errors are raised as ever."""
+    """Silences progress bars and advice of the libraries that load a pipeline; errors are raised as ever."""
     from diffusers.utils import logging as diffusers_logging  # noqa: TID251 - only to silence it while it loads
     from transformers.utils import logging as transformers_logging
 
@@ -406,7 +406,7 @@ class Stages:
         self.status.start()
 
     def grouped(self, line: str) -> None:
-        """A line "what: detail": a stage a `what`, whose details show while it runs."""
+        """Takes a line "what: detail": one stage per `what`, whose details show while it runs."""
         what, _, detail = line.partition(": ")
         if what != self.line:
             self(what)

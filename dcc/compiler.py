@@ -1,4 +1,4 @@
-"""The compiler, top to bottom: `compile` reads like the list in DESIGN section 3."""
+"""The compiler, top to bottom: `compile` records a run, captures the denoiser, plans, rewrites, lowers and installs."""
 
 from __future__ import annotations
 
@@ -61,29 +61,30 @@ def compile(
     """Compiles the denoiser of a diffusers pipeline, or a bare denoiser, with feature caching.
 
     Args:
-        model: a DiffusionPipeline or an nn.Module; returned itself. The denoiser is compiled in place: it stays the
-            object and class that it was.
+        model: a DiffusionPipeline or an nn.Module; this same object is returned. The denoiser is compiled in place: it
+            stays the object and class that it was.
         calib_prompts: prompts like those to be served. A policy or a plan needs one, a budget at least four, of which
             a fifth (two or more) are held back for the quality that the plan reports.
         speedup: search the best plan with at least this ratio of denoiser FLOPs over a whole run, uncached to cached.
         quality: search the fastest plan whose final samples reach this PSNR in dB to the uncached ones; 35 where no
             budget, policy or plan is given.
-        latency: search the best plan of at most this many milliseconds a run, measured on this machine.
-        cache_bytes: limit of the anchors' bytes of one stream; combines with the others.
+        latency: search the best plan of at most this many milliseconds per run, measured on this machine.
+        cache_bytes: limit of the anchors' bytes of one stream; combines with the other budgets.
         effort: "fast", "normal" or "thorough": about 40, 120 or 400 cached runs of the calibration prompts.
         guard: for a searched plan, compute more steps than planned for prompts that turn out harder than the
-            calibration prompts (guard.py); one host synchronisation an anchor.
+            calibration prompts (serve/guard.py); one host synchronisation per anchor.
         policy: a name of `dcc.policies.POLICIES`, instead of a budget.
         plan: a Plan, instead of a policy or a budget.
-        profile: of `dcc.calibrate`, for policies that are calibrated (else they calibrate on `calib_prompts`) and as
-            one more source of candidates for a budget.
+        profile: a Profile of `dcc.calibrate`, for policies that are calibrated (else they calibrate on
+            `calib_prompts`) and as one more source of candidates for a budget.
         sample: for a bare module: sample(net, prompt) runs one full sampling loop with `net`; it returns the final
             sample (tensor, array or image) where a budget is given.
-        data_range: of the final samples, for PSNR; 1 for a pipeline's pixels, else the range of the uncached samples.
-        seed: of the search and of the first prompt's noise.
+        data_range: range of the final samples, for PSNR; by default 1 for a pipeline's pixels, else the range of the
+            uncached samples.
+        seed: seed of the search and of the first prompt's noise.
         backend: "inductor" or "eager".
-        mode: as in torch.compile: "default", "reduce-overhead" (CUDA graphs, cuda_graphs.py), "max-autotune" (those,
-            and kernels chosen by timing) or "max-autotune-no-cudagraphs".
+        mode: as in torch.compile: "default", "reduce-overhead" (CUDA graphs, lower/cuda_graphs.py), "max-autotune"
+            (those, and kernels chosen by timing) or "max-autotune-no-cudagraphs".
         progress: called with one line before each stage.
         parameters: parameters of the policy (interval, order, site, steps_mask, ...) and arguments of the pipeline's
             call (num_inference_steps, height, width, guidance_scale, ...) as they will be served.
@@ -99,7 +100,7 @@ def compile(
     budget = None if policy or plan else budget_of(**budgets, effort=effort, prompts=prompts)
 
     if backend == "inductor" and all(weight.device.type == "cpu" for weight in target.module.parameters()):
-        start_inductor()  # it gets to know the processor while the denoiser is recorded
+        start_inductor()  # it finds out what the processor can do while the denoiser is recorded
 
     # one real run, the denoiser as one graph, and every value in it that may be cached
     subject = Subject.of(target, prompts, say)
@@ -156,7 +157,7 @@ def restore(model: Any) -> Any:
 
 
 def compiled(model: Any) -> CompiledDenoiser:
-    """What runs in the place of a compiled pipeline's denoiser or of a compiled module.
+    """The CompiledDenoiser that runs in the place of a compiled pipeline's denoiser or of a compiled module.
 
     Raises PipelineError where `model` is not compiled.
     """
@@ -176,7 +177,7 @@ def summary(model: Any) -> Summary:
 
 @contextlib.contextmanager
 def disabled(model: Any) -> Iterator[None]:
-    """The original denoiser runs inside, in this thread or task; `model` is a compiled pipeline or module."""
+    """Runs the original denoiser inside the context, in this thread or task; `model` is a compiled one."""
     with plain(compiled(model).module):
         yield
 
@@ -221,9 +222,9 @@ def plan(
     progress: Callable[[str], None] | None = None,
     **call_kwargs: Any,
 ) -> Plan:
-    """The plan that `compile` would search for a budget, without compiling; arguments as there.
+    """The plan that `compile` would search for a budget, without compiling; the arguments are those of `compile`.
 
-    A `profile` of `dcc.calibrate` adds anchors that its similarities suggest to the candidates. Raises ProfileError
+    A `profile` of `dcc.calibrate` adds to the candidates anchors that its similarities suggest. Raises ProfileError
     where it is another model's.
     """
     target = make_target(model, sample, call_kwargs)

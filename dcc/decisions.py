@@ -6,9 +6,9 @@ from enum import IntEnum
 
 
 class Decision(IntEnum):
-    """A whole number, as plan files hold it; compares equal to that number."""
+    """What is done with one site at one step: a whole number, as plan files hold it, and equal to that number."""
 
-    FORECAST = 0  # made of what was kept
-    COMPUTE = 1  # computed, and kept
-    REFRESH = 2  # forecast, but for some tokens that are computed; where the site's form has tokens
-    IDLE = -1  # neither: nothing that the step computes needs it; a run-time trigger's alone
+    FORECAST = 0  # made from its anchors
+    COMPUTE = 1  # computed, and kept as an anchor
+    REFRESH = 2  # forecast, except for some tokens that are computed; only where the site's form has tokens
+    IDLE = -1  # neither: nothing that the step computes needs it; only run-time triggers decide so

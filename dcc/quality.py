@@ -31,7 +31,7 @@ def ssim(samples: Tensor, reference: Tensor, data_range: float = 1.0) -> list[fl
 
     Shapes as `frames` takes them, ranges as in `psnr`. Raises ValueError for what is not images.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure  # as above
+    from torchmetrics.functional.image import structural_similarity_index_measure  # imported here as in `psnr`
 
     _check_pair(samples, reference)
     ours, theirs = frames(samples), frames(reference)
@@ -58,7 +58,7 @@ def frames(samples: Tensor) -> Tensor | None:
 
 
 def are_images(reference: Tensor) -> bool:
-    """Whether samples have the shape of images or video and values from -1 to 1, which latents have not."""
+    """Whether samples have the shape of images or video and values from -1 to 1, unlike latents."""
     return frames(reference) is not None and float(reference.abs().max()) <= 1
 
 

@@ -23,7 +23,7 @@ def error_line(error: BaseException) -> str:
 
 
 def human_bytes(size: float) -> str:
-    """1536 -> "1.5 KiB"."""
+    """A number of bytes as people read it: 1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
@@ -32,15 +32,15 @@ def human_bytes(size: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """0.0421 -> "42 ms", 2.5 -> "2.50 s"."""
+    """Seconds as people read them: 0.0421 -> "42 ms", 2.5 -> "2.50 s"."""
     return f"{seconds * 1e3:.0f} ms" if seconds < 0.9995 else f"{seconds:.2f} s"
 
 
 def decibels(value: float) -> str:
-    """31.24 -> "31.2 dB"; infinite -> "identical"."""
+    """A PSNR as people read it: 31.24 -> "31.2 dB"; infinite -> "identical"."""
     return "identical" if math.isinf(value) else f"{value:.1f} dB"
 
 
 def count(number: int, noun: str) -> str:
-    """(1, "step") -> "1 step", (2, "step") -> "2 steps"."""
+    """A number with its noun: (1, "step") -> "1 step", (2, "step") -> "2 steps"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,6 +1,6 @@
-"""Every use of what torch and diffusers do not promise to keep; nothing else of dcc touches it.
+"""Every use of parts of torch and diffusers that these do not promise to keep; no other file of dcc touches them.
 
-Each stands here once, with the reason why it is needed, and has a canary in tests/test_torch_internals.py that fails
+Each is used here only, with the reason why it is needed, and has a canary in tests/test_torch_internals.py that fails
 when a new version of torch or diffusers changes it.
 """
 
@@ -63,7 +63,7 @@ ASSERTIONS = frozenset(  # what torch.export leaves in a graph to check a value,
 )
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's FLOP counter knows the GPU's only
 COMPILED_CALL = "_compiled_call_impl"  # what nn.Module calls in place of itself; nn.Module.compile sets it
-to_copy = torch.ops.aten._to_copy.default  # a cast that never aliases; of the core ATen operators of torch.export
+to_copy = torch.ops.aten._to_copy.default  # a cast that never aliases; one of the core ATen operators of torch.export
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph  # the one call of a shared body that Inductor compiles once
 
 
@@ -78,7 +78,7 @@ def module_stack(node: Node) -> dict[str, tuple[str, Any]]:
 
 
 def set_module_stack(node: Node, stack: Mapping[str, tuple[str, Any]]) -> None:
-    """Says which modules stand around a node, as `module_stack` gives it."""
+    """Says which modules are around a node, in the form that `module_stack` returns."""
     node.meta["nn_module_stack"] = dict(stack)
 
 
@@ -158,7 +158,7 @@ def plain_call(module: nn.Module) -> Callable[..., Any]:
 def load_inductor() -> None:
     """Imports what Inductor needs before it makes code for a CPU: two seconds, which an eager user need not wait."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what they import
+        warnings.simplefilter("ignore")  # warnings of what they import
         import torch._inductor.codecache
         import torch._inductor.cpu_vec_isa
         import torch.utils.cpp_extension  # noqa: F401 - a thread would import it, beside imports of the main thread
@@ -172,7 +172,7 @@ def probe_cpu() -> None:
 
 
 def compile_with_inductor(graph_module: GraphModule, inputs: Sequence[Tensor], mode: str) -> Callable[..., Any]:
-    """Lowers a graph for inputs like these with the settings of a mode of torch.compile, but for CUDA graphs.
+    """Lowers a graph for inputs like these with the settings of a mode of torch.compile, except CUDA graphs.
 
     torch.compile would run Dynamo over the graph again, guard it, and cut it at what it does not know.
     """

@@ -28,11 +28,12 @@ def reference(low: Tensor, high: Tensor, transform: str, cutoff: float, grid: tu
 
 
 def low_pass(value: Tensor, transform: str, cutoff: float, grid: tuple[int, int] | None = None) -> Tensor:
-    """The low spatial frequencies of `value` [batch, tokens, C] or [batch, C, ..., H, W], made in float32; like it.
+    """The low spatial frequencies of `value` [batch, tokens, C] or [batch, C, ..., H, W], in its shape and dtype.
 
-    "fft": along the tokens, |f| <= cutoff max|f|. "dct": over rows and columns, sqrt(k^2 + l^2) <= cutoff times its
-    largest value; tokens stand in rows of a `grid` (rows, columns), pixels need none. Both are published (FreqCa,
-    arXiv 2510.08669, repository Tammytcl/FreqCa). Raises PlanError for tokens that the grid does not fit.
+    Computed in float32. "fft": along the tokens, |f| <= cutoff max|f|. "dct": over rows and columns, sqrt(k^2 + l^2) <=
+    cutoff times its largest value; tokens stand in rows of a `grid` (rows, columns), pixels need none. Both are
+    published (FreqCa, arXiv 2510.08669, repository Tammytcl/FreqCa). Raises PlanError for tokens that the grid does not
+    fit.
     """
     x = value.float()
     if transform == "fft":
@@ -49,7 +50,7 @@ def low_pass(value: Tensor, transform: str, cutoff: float, grid: tuple[int, int]
 def fitted(grid: tuple[int, int] | None, tokens: int) -> tuple[int, int]:
     """The grid of this many tokens: the given one, or one of the same aspect at another resolution.
 
-    Raises PlanError where there is none. Another grid of as many tokens cannot be told apart.
+    Raises PlanError where there is none. A grid of another aspect with as many tokens is taken for the given one.
     """
     if grid is not None:
         scale = math.sqrt(tokens / (grid[0] * grid[1]))
@@ -84,7 +85,7 @@ def cosine_basis(size: int, kept: int, like: Tensor) -> Tensor:
 
 
 def _low_pass_2d(image: Tensor, cutoff: float) -> Tensor:
-    """DCT-II over the last two dimensions, masked by radius, and back."""
+    """The low frequencies of an image: DCT-II over its last two dimensions, masked by radius, and back."""
     height, width = image.shape[-2:]
     reach = cutoff * math.hypot(height - 1, width - 1) + ROUNDING
     down = cosine_basis(height, min(height, math.floor(reach) + 1), image)

@@ -18,12 +18,12 @@ except ImportError:  # no wheel for this platform: ops run their references
 
 OPTIONS = {
     "enable_fp_fusion": False
-}  # of every launch: products are rounded before they are added, as in the references
+}  # for every launch: products are rounded before they are added, as in the references
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def jit(**options: Any) -> Callable[[Callable[..., None]], Any]:
-    """triton.jit with these options; without Triton, something that raises KernelError at a launch."""
+    """`triton.jit` with these options; without Triton, a stand-in that raises KernelError at a launch."""
     return triton.jit(**options) if triton is not None else _Unavailable
 
 
@@ -41,18 +41,18 @@ def runs_on(value: Tensor) -> bool:
 
 
 def run_kernel(kernel: Any, grid: tuple[int, ...], out: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Launches a kernel whose first argument is `out`, on the device of that."""
-    with torch.cuda.device_of(out):  # does nothing for the CPU's
+    """Launches a kernel whose first argument is `out`, on the device of `out`."""
+    with torch.cuda.device_of(out):  # does nothing for a tensor on the CPU
         kernel[grid](out, *arguments, **constants, **OPTIONS)
 
 
 def power_of_2(number: int, most: int) -> int:
-    """The least power of two that is no less than `number`, at most `most`."""
+    """The least power of two that is not less than `number`, but at most `most`."""
     return min(1 << max(number - 1, 0).bit_length(), most)
 
 
 def memory_format(value: Tensor) -> torch.memory_format:
-    """Channels last for images and videos that lie so in memory, else contiguous: that of every op's result."""
+    """Channels last for images and videos that lie so in memory, else contiguous: the format of every op's result."""
     last = CHANNELS_LAST.get(value.dim())
     if last is None or value.is_contiguous() or not value.is_contiguous(memory_format=last):
         return torch.contiguous_format
@@ -60,9 +60,10 @@ def memory_format(value: Tensor) -> torch.memory_format:
 
 
 def in_order(values: Sequence[Tensor]) -> list[Tensor]:
-    """The values [batch, ...] of one shape, contiguous in the memory order of the first; channels last are moved there.
+    """The values [batch, ...] of one shape, contiguous in the memory order of the first.
 
-    Copies only what lies otherwise. Raises KernelError where shapes differ.
+    Where that is channels last, the channels become the last dimension. Copies only values that lie otherwise in
+    memory. Raises KernelError where shapes differ.
     """
     check(all(value.shape == values[0].shape for value in values), "one shape", *values)
     if memory_format(values[0]) is not torch.contiguous_format:

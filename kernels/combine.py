@@ -1,7 +1,8 @@
 """Forecast combine: a linear combination of at most 8 anchors with per-sample or per-channel coefficients.
 
 The passes spell the plain form out in the graph, and Inductor fuses it with what follows. The kernel adds a gate and a
-residual, so that a forecast branch enters its stream in one pass over memory. It sums in float32 and casts once.
+residual, so that a forecast branch enters its residual stream in one pass over memory. It sums in float32 and casts
+once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def reference(
 
     Shapes: coefficients [rows, batch, J] float32; each anchor [batch, ...] of one dtype; result like an anchor.
     Where `per_sample` is False the anchors' first dimension is not the batch, and sample 0's coefficients serve all.
-    gate: [batch or 1, 1, C] or [batch or 1, C, 1, 1], a number a channel; residual: shaped like an anchor.
+    gate: [batch or 1, 1, C] or [batch or 1, C, 1, 1], one number per channel; residual: shaped like an anchor.
     """
     weights = coefficients[row] if per_sample else coefficients[row][:1]
     return _total(anchors, lambda age: weights[:, age].view(-1, *([1] * (anchors[0].dim() - 1))), gate, residual)
@@ -45,7 +46,7 @@ def by_channel(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The same, but channel c has coefficient row `row + of_channel[c]`; of_channel [C] int64."""
+    """The forecast of `reference`, but channel c has coefficient row `row + of_channel[c]`; of_channel [C] int64."""
     dim = anchors[0].dim()
     weights = coefficients[row:] if per_sample else coefficients[row:, :1]
     weights = weights.index_select(0, of_channel).permute(2, 1, 0)  # [J, batch, C]
@@ -74,7 +75,7 @@ def _total(
 
 @jit(do_not_specialize=["first"])
 def _kernel(
-    out,  # [samples, size], as every anchor and the residual
+    out,  # [samples, size], like every anchor and the residual
     anchors,
     coefficients,  # float32, row by row
     of_channel,  # [CHANNELS] int64, or None
@@ -86,7 +87,7 @@ def _kernel(
     sample_stride,
     gate_stride,
     CHANNELS: tl.constexpr,
-    INNER: tl.constexpr,  # numbers next to each other that share a channel
+    INNER: tl.constexpr,  # how many adjacent numbers share a channel
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
@@ -117,7 +118,7 @@ def launch(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Runs the kernel; arguments as those of `reference` and `by_channel`.
+    """Runs the kernel; its arguments are those of `reference` and `by_channel`.
 
     The result has the memory format of the first anchor. Raises KernelError for shapes that do not fit.
     """
@@ -178,7 +179,7 @@ def op(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`reference`, or `by_channel` where there is `of_channel`, by the kernel on a GPU."""
+    """`reference`, or `by_channel` where there is `of_channel`; on a GPU by the kernel."""
     if runs_on(anchors[0]):
         return launch(coefficients, row, anchors, per_sample, of_channel, gate, residual)
     plain = (coefficients, row, anchors, per_sample)

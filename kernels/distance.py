@@ -15,15 +15,15 @@ from dcc.kernels.base import check, in_order, jit, power_of_2, run_kernel, runs_
 TINY = 1e-12
 NORMS = ("rel_l1", "l1", "mse", "rel_l2")
 BLOCK = 2048
-MOST_PIECES = 1024  # of a sample
+MOST_PIECES = 1024  # per sample
 
 
 def reference(value: Tensor, other: Tensor | None, norm: str, batch: int) -> Tensor:
-    """[batch] float32. `value` and `other` are [batch * n, ...]; `other` None stands for zeros.
+    """Distances [batch] float32 of `value` to `other`, both [batch * n, ...]; `other` None stands for zeros.
 
-    With d = value - other, means over all of a sample: rel_l1 is mean|d| / mean|other| (a ratio of means, which near-
-    zero entries cannot blow up), l1 mean|d|, mse mean d^2, rel_l2 the ratio of the root mean squares. Relative norms
-    against zeros are relative to the value itself.
+    With d = value - other and means over all numbers of a sample: rel_l1 is mean|d| / mean|other| (a ratio of means,
+    which entries near zero cannot blow up), l1 is mean|d|, mse is mean d^2, and rel_l2 is the ratio of the root mean
+    squares. Relative norms against zeros are relative to the value itself.
     """
     rows = value.float().reshape(batch, -1)
     base = None if other is None else other.float().reshape(batch, -1)
@@ -40,7 +40,7 @@ def reference(value: Tensor, other: Tensor | None, norm: str, batch: int) -> Ten
 
 @jit()
 def _sum_pieces(partial, value, other, size, rounds, pieces, SQUARED: tl.constexpr, BLOCK: tl.constexpr):
-    """partial [batch, 2, pieces]: sums of the differences and of what they are relative to."""
+    """Writes to partial [batch, 2, pieces] the sums of the differences and of what they are relative to."""
     piece, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     moved = tl.zeros([BLOCK], tl.float32)
     scale = tl.zeros([BLOCK], tl.float32)
@@ -77,7 +77,7 @@ def _finish(
 
 
 def launch(value: Tensor, other: Tensor | None, norm: str, batch: int) -> Tensor:
-    """Runs the kernels; arguments and result as those of `reference`.
+    """Runs the kernels; arguments and result are those of `reference`.
 
     Raises KernelError for shapes that differ, for a batch that does not divide them and for an unknown norm.
     """
@@ -120,7 +120,7 @@ def launch(value: Tensor, other: Tensor | None, norm: str, batch: int) -> Tensor
 
 @torch.library.custom_op("dcc::distance", mutates_args=())
 def op(value: Tensor, other: Tensor | None, norm: str, batch: int) -> Tensor:
-    """`reference`, by the kernels on a GPU."""
+    """`reference`; on a GPU by the kernels."""
     return (launch if runs_on(value) else reference)(value, other, norm, batch)
 
 

@@ -13,7 +13,7 @@ MOST_BLOCK = 1024
 
 @jit()
 def _kernel(out, value, index, chosen, width, value_stride, BLOCK: tl.constexpr):
-    """out [samples, chosen, width] of value [samples or 1, tokens, width]; a program copies part of one row."""
+    """Copies tokens of value [samples or 1, tokens, width] to out [samples, chosen, width], one part per program."""
     rank, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = sample * chosen + rank
@@ -25,7 +25,7 @@ def _kernel(out, value, index, chosen, width, value_stride, BLOCK: tl.constexpr)
 def launch(value: Tensor, index: Tensor) -> Tensor:
     """The chosen tokens [B, k, C...] of a value [B or 1, N, C...] of any dtype, contiguous; index [B, k] int64.
 
-    Indices must be in [0, N): nothing looks at them. Raises KernelError for shapes that do not fit.
+    Indices must be in [0, N), which is not checked. Raises KernelError for shapes that do not fit.
     """
     check(index.dim() == 2 and value.shape[0] in (1, index.shape[0]), "an index of every sample", value, index)
     value, index = value.contiguous(), index.contiguous()
@@ -49,7 +49,7 @@ def launch(value: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.custom_op("dcc::gather_tokens", mutates_args=())
 def op(value: Tensor, index: Tensor) -> Tensor:
-    """`reference`, by the kernel on a GPU."""
+    """`reference`; on a GPU by the kernel."""
     return launch(value, index) if runs_on(value) else reference(value, index).contiguous()
 
 

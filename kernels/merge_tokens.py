@@ -15,16 +15,16 @@ MOST_BLOCK = 1024
 def reference(
     coefficients: Tensor, row: int, anchors: list[Tensor], per_sample: bool, index: Tensor, fresh: Tensor
 ) -> Tensor:
-    """combine.reference over anchors [B, N, C...], its tokens `index` [B, k] int64 replaced by `fresh` [B, k, C...].
+    """combine.reference over anchors [B, N, C...], with tokens `index` [B, k] int64 replaced by `fresh` [B, k, C...].
 
-    The result has the anchors' dtype. A token that is named twice gets one of its rows.
+    The result has the anchors' dtype. A token that is named twice gets one of its fresh values.
     """
     return scatter(combine.reference(coefficients, row, anchors, per_sample), index, fresh)
 
 
 @jit(do_not_specialize=["first"])
 def _kernel(
-    out,  # [samples, tokens, width], as every anchor
+    out,  # [samples, tokens, width], like every anchor
     anchors,
     coefficients,
     rank_of,  # [samples, tokens] int32: the token's row in `fresh`, or -1
@@ -56,9 +56,9 @@ def _kernel(
 def launch(
     coefficients: Tensor, row: int, anchors: list[Tensor], per_sample: bool, index: Tensor, fresh: Tensor
 ) -> Tensor:
-    """Runs the kernel; arguments as those of `reference`; the result is contiguous.
+    """Runs the kernel; its arguments are those of `reference`, its result is contiguous.
 
-    Indices must be in [0, N). Raises KernelError for shapes that do not fit.
+    Indices must be in [0, N), which is not checked. Raises KernelError for shapes that do not fit.
     """
     combine.check_anchors(coefficients, anchors, per_sample)
     shape = anchors[0].shape
@@ -91,7 +91,7 @@ def launch(
 
 @torch.library.custom_op("dcc::merge_tokens", mutates_args=())
 def op(coefficients: Tensor, row: int, anchors: list[Tensor], per_sample: bool, index: Tensor, fresh: Tensor) -> Tensor:
-    """`reference`, by the kernel on a GPU."""
+    """`reference`; on a GPU by the kernel."""
     if runs_on(anchors[0]):
         return launch(coefficients, row, anchors, per_sample, index, fresh)
     return reference(coefficients, row, anchors, per_sample, index, fresh).contiguous()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ITERATIONS = 10  # of K-means: fixed, so that the graph is static
+ITERATIONS = 10  # rounds of K-means: fixed, so that the graph is static
 
 
 def count(ratio: float, tokens: int) -> int:
@@ -39,14 +39,14 @@ def _like(index: Tensor, value: Tensor) -> Tensor:
 
 
 def norm_score(value: Tensor, sign: int) -> Tensor:
-    """L2 norm of every token over the largest of its sample, in [0, 1]; one minus that where `sign` is -1."""
+    """L2 norm of every token divided by the largest of its sample, in [0, 1]; one minus that where `sign` is -1."""
     norm = value.float().flatten(2).norm(dim=2)
     share = norm / norm.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return share if sign > 0 else 1 - share
 
 
 def random_score(step: Tensor, value: Tensor, salt: int) -> Tensor:
-    """Uniform numbers in [0, 1) that follow from the step [1], the token and the salt alone, alike for all samples."""
+    """Uniform numbers in [0, 1), the same for all samples: they follow from the step [1], the token and the salt."""
     tokens = torch.arange(value.shape[1], device=value.device, dtype=torch.int64)
     mixed = tokens * 0x9E3779B1 + step.to(torch.int64) * 0x85EBCA77 + (salt + 1) * 0xC2B2AE3D
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
@@ -55,7 +55,7 @@ def random_score(step: Tensor, value: Tensor, salt: int) -> Tensor:
 
 
 def ages(value: Tensor) -> Tensor:
-    """Zero for every token of a value: none has waited yet."""
+    """Ages [B, N] float32 of the tokens of a value when none has waited yet: zeros."""
     return value.new_zeros(value.shape[:2], dtype=torch.float32)
 
 
@@ -87,7 +87,7 @@ def _nearest(points: Tensor, centres: Tensor) -> Tensor:
 
 
 def one_a_cluster(score: Tensor, labels: Tensor, clusters: int) -> Tensor:
-    """Index [B, K] of the token with the largest score of each cluster; the best of all for an empty cluster."""
+    """Index [B, K] of the token with the largest score in each cluster; an empty cluster gets the best token of all."""
     member = labels[:, None] == torch.arange(clusters, device=labels.device)[:, None]  # [B, K, N]
     return (score[:, None] + member).argmax(2)  # scores are in [0, 1): a member beats every other token
 

@@ -3,9 +3,9 @@
 A feature of n numbers becomes SIZE numbers: number i is added, with a fixed random sign, to bucket i mod SIZE. Sums of
 products of buckets are then unbiased estimates of <a, b>, with a standard deviation of about sqrt(2 / SIZE) |a| |b|.
 SIZE is prime so that a channel that is large in every token, or a mean that all tokens share, spreads over all buckets
-instead of filling a few; without that, and without a sign of its own for every number, such features (all that
-transformers have) cost a multiple of that error. Up to SIZE numbers are kept as they are. The kernel reads a feature
-once, in its own dtype; sums of pieces are added in a fixed order.
+instead of filling a few; without that, and without a sign of its own for every number, the error of such features (all
+that transformers have) is a multiple of this. Features of up to SIZE numbers are kept as they are. The kernel reads a
+feature once, in its own dtype; sums of pieces are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from dcc.kernels.base import jit, run_kernel, runs_on, tl
 SIZE = 4099
 COORDINATES = 1024
 SEED = 20251
-ROWS = 256  # of signs; a larger feature uses them again, rotated
-BLOCK = 128  # buckets of a program
-TILE, PIECE = 8, 64  # rows that it reads at a time, and in all; both divide ROWS
+ROWS = 256  # rows of signs; a larger feature uses them again, rotated
+BLOCK = 128  # buckets per program
+TILE, PIECE = 8, 64  # rows that a program reads at a time, and in all; both divide ROWS
 
 
 def reference(values: Tensor, like: Tensor) -> Tensor:
-    """Sketches features [v, b, ...] of any dtype; returns [v, samples, min(n, SIZE)] float32, n numbers a sample.
+    """Sketches features [v, b, ...] of any dtype; returns [v, samples, min(n, SIZE)] float32 for n numbers per sample.
 
     `samples` is the first dimension of `like` where that divides b (frames folded into the batch belong to their
     sample), else 1. Linear, seeded, and the same in every process; memory beyond the input does not grow with it.
@@ -43,7 +43,7 @@ def reference(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _fold(flat: Tensor) -> Tensor:
-    """The buckets [v, samples, SIZE] of at most ROWS * SIZE numbers a sample."""
+    """The buckets [v, samples, SIZE] of at most ROWS * SIZE numbers per sample."""
     rows = -(-flat.shape[-1] // SIZE)
     padded = pad(flat.float(), (0, rows * SIZE - flat.shape[-1])).unflatten(-1, (rows, SIZE))
     return (padded * signs(flat.device)[:rows]).sum(2)
@@ -52,7 +52,7 @@ def _fold(flat: Tensor) -> Tensor:
 def coordinates(values: Tensor, like: Tensor) -> Tensor:
     """A fixed subset of at most COORDINATES of the n numbers of each sample, [v, samples, min(n, COORDINATES)] float32.
 
-    `values` and `like` are those of `reference`.
+    `values` and `like` are the same as in `reference`.
     """
     flat = per_sample(values, like)
     if flat.shape[-1] <= COORDINATES:
@@ -106,7 +106,7 @@ def _kernel(
 
 
 def launch(values: Tensor, like: Tensor) -> Tensor:
-    """Runs the kernel; arguments and result as those of `reference`."""
+    """Runs the kernel; arguments and result are those of `reference`."""
     flat = per_sample(values, like)
     size = flat.shape[-1]
     if size <= SIZE:
@@ -133,13 +133,13 @@ def launch(values: Tensor, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def small_signs(device: torch.device) -> Tensor:
-    """The signs [ROWS, SIZE] in int8: the kernel reads as many of them as of the feature."""
+    """The signs [ROWS, SIZE] in int8, because the kernel reads one of them per number of the feature."""
     return signs(device).to(torch.int8)
 
 
 @torch.library.custom_op("dcc::sketch", mutates_args=())
 def op(values: Tensor, like: Tensor) -> Tensor:
-    """`reference`, by the kernel on a GPU."""
+    """`reference`; on a GPU by the kernel."""
     return launch(values, like) if runs_on(values) else reference(values, like).clone()
 
 

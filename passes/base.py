@@ -21,10 +21,10 @@ class Port:
 
 @dataclass(frozen=True)
 class Site:
-    """A value of the graph that may be cached (DESIGN: site). Pure data, valid for one captured graph.
+    """A value of the graph that may be cached. Pure data, valid for one captured graph.
 
-    `shapes` are those of the recorded call; `bytes` is one anchor of all ports there; `flops` is what one forecast
-    of this site saves in that call.
+    `shapes` are those of its ports in the recorded call; `bytes` is the size of one anchor of all ports there; `flops`
+    is what one forecast of this site saves in that call.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Look:
-    """A number per sample that a trigger reads: the distance of a value to a reference (dcc.triggers.Measure)."""
+    """A number per sample that a trigger reads: the distance of a value to a reference (dcc.plans.triggers.Measure)."""
 
     port: Port
     against: str
@@ -50,9 +50,9 @@ class Refresh:
 
     `decision` is the schedule's value: 1 computes the site and starts its state, 0 forecasts it with what earlier
     refreshes corrected, 2 also computes a `ratio` of the tokens with `nodes`, which take tokens from the values `ends`
-    (token_wise.Region). `select` names how they are chosen, `options` are its numbers. `tokens` and `leader` are the
-    value that K-means clusters and the site that keeps the labels; `last` says, where the site has more tokens than
-    the model's output, whether those of the output stand last (else first).
+    (token_wise.Region). `select` names how these tokens are chosen, `options` are the numbers of that choice. `tokens`
+    is the value that K-means clusters, `leader` the site that keeps the labels. Where the site has more tokens than the
+    model's output, `last` says whether those of the output come last (else first).
     """
 
     site: Site
@@ -68,7 +68,7 @@ class Refresh:
     last: bool | None = None
 
     def option(self, name: str) -> float:
-        """A number of the selector."""
+        """The number called `name` among the options."""
         return dict(self.options)[name]
 
 
@@ -77,8 +77,8 @@ class Correction:
     """A cheap linear map of the value `source` that a site's value is kept relative to (passes/insert_correctors.py).
 
     `shapes` are those of its matrices [to, from], applied one after another, and of a last bias [to] if `bias`; they
-    are graph inputs. The runtime makes them: the two factors of the graph input `weight` at the rank of their shapes,
-    its channels weighed by the tensor `key` of `file` if one is named; or, without a `weight`, the tensors of `file`.
+    are graph inputs. The runtime makes them. With a `weight` they are the two factors of that graph input at the rank
+    of the shapes, its channels weighed by the tensor `key` of `file` if one is named; without, the tensors of `file`.
     """
 
     site: str
@@ -102,7 +102,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class Form:
-    """How sites are forecast that are not one combination of whole anchors (forms.py)."""
+    """How to forecast sites that are not one combination of whole anchors (forms.py)."""
 
     rows: ClassVar[int] = 1
 
@@ -111,7 +111,7 @@ class Form:
 class Group:
     """Sites that share coefficients: row `first` of the coefficient input, or as many rows from there as `form` takes.
 
-    `form` is how they are forecast other than by one combination of whole anchors, None where they are plain.
+    `form` says how they are forecast where that is not one combination of whole anchors, and is None where it is.
     """
 
     sites: tuple[Site, ...]
@@ -128,7 +128,7 @@ class Table:
 
 
 class Order:
-    """What is asked of one pass. Each pass that takes one defines its own, as a dataclass."""
+    """What is asked of one pass. Each pass that follows orders defines its own kind, as a dataclass."""
 
 
 @dataclass(frozen=True)

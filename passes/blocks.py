@@ -49,7 +49,7 @@ def numbered_blocks(graph_module: GraphModule) -> dict[str, Block]:
 
 
 def outermost_blocks(graph_module: GraphModule, costs: Mapping[str, Cost]) -> list[Block]:
-    """Numbered modules that lie in no other one, in execution order, without stacks of under 2% of the FLOPs."""
+    """Numbered modules that lie in no other numbered one, in execution order; no stacks with under 2% of the FLOPs."""
     blocks = numbered_blocks(graph_module)
     outer = [b for b in blocks.values() if not any(is_inside(b.path, other) for other in blocks if other != b.path)]
     total = sum(cost.flops for cost in costs.values()) or 1

@@ -2,10 +2,10 @@
 
     x1 = x0 + r1; x2 = x1 + r2, both forecast by sum_j c_j    -->    x2 = x0 + sum_j c_j (R1 + R2)_j
 
-Forecasts commute with sums, so one tensor per stream is kept instead of one per block or branch: memory is O(J), not
-O(J * sites). Exact up to float rounding. What lies between a branch and its sum, a gate above all, changes from step to
-step, and such a branch stays as it is. Rewrites which sites are cached, before any row is made; the graph is only read.
-Refuses nothing: sites that cannot be joined stay as they are.
+Forecasts commute with sums, so one tensor per residual stream is kept instead of one per block or branch: memory is
+O(J), not O(J * sites). Exact up to float rounding. A branch with something between it and its sum stays as it is,
+because that (a gate above all) changes from step to step. Rewrites which sites are cached, before any row is made; the
+graph is only read. Refuses nothing: sites that cannot be joined stay as they are.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from dcc.passes.graph import nodes_by_name, same_shape
 
 
 class Facts(Protocol):
-    """What is known of the captured graph (dcc.discover.sites.Sites)."""
+    """What is known of the captured graph; dcc.discover.sites.Sites implements it."""
 
     @property
     def flops(self) -> int:
-        """Those of one call."""
+        """FLOPs of one call."""
         ...
 
     @property
@@ -50,7 +50,7 @@ class Facts(Protocol):
 
 @dataclass
 class Selected(Order):
-    """The sites of each selector, which the pass rewrites; `joins` says of which selectors sites may be joined."""
+    """The sites of each selector, which the pass rewrites; `joins` says for each whether its sites may be joined."""
 
     groups: list[tuple[Site, ...]]
     joins: tuple[bool, ...]
@@ -81,7 +81,7 @@ def coalesced(group: Sequence[Site], sites: Facts, others: Iterable[Site] = ()) 
     ports = {(site.name, port): port for site in group for port in site.ports}
     alive = flow.needed(ports.values())
     kept = {name for site in others for port in site.ports for name in (port.out, port.base)} | {OUTPUT}
-    stream = nx.DiGraph()  # values of the residual streams; an edge is a forecast that is added on the way
+    stream = nx.DiGraph()  # values of the residual streams; an edge is a forecast that is added between two of them
     for key, port in ports.items():
         link = _link(port, nodes, alive, {p.out for p in ports.values()})
         if link is not None and link[1] not in stream:
@@ -102,7 +102,7 @@ def coalesced(group: Sequence[Site], sites: Facts, others: Iterable[Site] = ()) 
 
 
 def _link(port: Port, nodes: dict[str, Node], alive: set[str], outs: set[str]) -> tuple[str, str] | None:
-    """The stream's value before and after the port's forecast is added to it, None where it is not just added."""
+    """The residual stream's values before and after the port's forecast is added; None where it is not just added."""
     if port.base is not None:
         return port.base, port.out
     users = [user for user in nodes[port.out].users if user.name in alive]
@@ -116,7 +116,7 @@ def _link(port: Port, nodes: dict[str, Node], alive: set[str], outs: set[str]) -
 
 
 def _paths(stream: nx.DiGraph, flow: Dataflow, alive: set[str], kept: set[str | None]) -> list[list[str]]:
-    """Longest runs of links whose values between are used for nothing but the next link."""
+    """The longest runs of links in which each value between two links is used by the next link only."""
 
     def passed(value: str) -> bool:
         if stream.in_degree(value) != 1 or stream.out_degree(value) != 1 or value in kept:
@@ -136,7 +136,7 @@ def _paths(stream: nx.DiGraph, flow: Dataflow, alive: set[str], kept: set[str | 
 
 
 def _rest(site: Site, joined: dict[tuple[str, Port], int]) -> Site | None:
-    """What is left of a site whose other ports were joined."""
+    """The site with those of its ports that were not joined; None where all were."""
     left = [index for index, port in enumerate(site.ports) if (site.name, port) not in joined]
     if len(left) == len(site.ports):
         return site

@@ -17,7 +17,7 @@ from dcc.torch_internals import CPU_ATTENTION, FakeTensorMode, pytree
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one node in one call: multiply-adds counted twice, bytes of its value, and its concrete shape."""
+    """Cost of one node in one call: FLOPs (a multiply-add counts as two), bytes of its value and its concrete shape."""
 
     flops: int
     bytes: int
@@ -39,7 +39,7 @@ def costs(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[str, Cost]:
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, known: dict[Any, Tensor]) -> Tensor:
-    """A fake tensor like this one; one for all weights that are alike."""
+    """A fake tensor like this one; tensors of one type and layout share one."""
     key = type(tensor), *layout(tensor)
     if key not in known:
         known[key] = mode.from_tensor(tensor)
@@ -54,7 +54,7 @@ FLOP_FORMULAS = {CPU_ATTENTION: _attention_flops}  # what torch's own table leav
 
 
 class _Meter(Interpreter):
-    """Counts while it runs; equal calls, as of repeated blocks, are made once."""
+    """Counts the cost of every node while it runs; equal calls, such as those of repeated blocks, are made once."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module, garbage_collect_values=True)

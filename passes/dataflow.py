@@ -1,4 +1,4 @@
-"""Analysis: the graph as a networkx digraph: what a forecast makes dead, what every path passes, cheapest cuts."""
+"""Analysis: the graph as a networkx digraph, which tells what a forecast makes dead, dominators and cheapest cuts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUTPUT = "output"
 
 
 class Dataflow:
-    """Data flow of one graph. Nodes of the digraph are node names; the graph's output is `OUTPUT`."""
+    """Data flow of one graph. The digraph's nodes are the graph's node names; the graph's output is `OUTPUT`."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         self.digraph = nx.DiGraph()
@@ -31,13 +31,13 @@ class Dataflow:
         return self.needed_for([OUTPUT], forecast)
 
     def needed_for(self, wanted: Iterable[str], forecast: Iterable[Port] = ()) -> set[str]:
-        """Names of the nodes that run for the wanted ones when the ports' values are forecast."""
+        """Names of the nodes that still run to compute the `wanted` ones when the ports' values are forecast."""
         bases = {port.out: port.base for port in forecast}
         alive: set[str] = set()
         todo = list(wanted)
         while todo:
             name = todo.pop()
-            if name in bases:  # not computed: made of its anchors and its base
+            if name in bases:  # not computed: forecast from its anchors and its base
                 todo.extend([bases[name]] if bases[name] is not None and bases[name] not in alive else [])
             elif name not in alive:
                 alive.add(name)
@@ -47,12 +47,13 @@ class Dataflow:
     def spared(self, forecast: Iterable[Port]) -> set[str]:
         """Names of the needed nodes that do not run when the ports' values are forecast.
 
-        The same as `needed() - needed(forecast)`, found from the ports, in time that goes with their number.
+        The same as `needed() - needed(forecast)`, but found by walking back from the ports: the time grows with the
+        number of nodes spared, not with the graph.
         """
         bases = {port.out: port.base for port in forecast if port.out in self.users}
-        left = Counter(base for base in bases.values() if base is not None)  # users that a node has now, less before
+        left = Counter(base for base in bases.values() if base is not None)  # change in the number of a node's users
         gone = set(bases)
-        lost = [source for name in bases for source in self.digraph.predecessors(name)]  # a user each
+        lost = [source for name in bases for source in self.digraph.predecessors(name)]  # one entry per lost user
         while lost:
             name = lost.pop()
             left[name] -= 1
@@ -61,7 +62,7 @@ class Dataflow:
             if name not in bases:
                 gone.add(name)
                 lost.extend(self.digraph.predecessors(name))
-            elif bases[name] is not None:  # its forecast is not wanted either
+            elif bases[name] is not None:  # its forecast is not needed either, and takes its base no more
                 lost.append(bases[name])
         return gone
 
@@ -81,7 +82,7 @@ class Dataflow:
         return set(sources).union(*(nx.descendants(self.digraph, source) for source in sources))
 
     def dominators(self, source: str) -> list[str]:
-        """Values that all data from `source` passes on its way out, from the output's side; without both ends.
+        """Values that all data from `source` passes on its way to the output, the last one first; without both ends.
 
         Data means tensors: sizes that are read off the source do not count as a path.
         """

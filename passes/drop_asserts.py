@@ -2,8 +2,8 @@
 
     x = linear(h); _assert_tensor_metadata(x, dtype=float32); return x    -->    x = linear(h); return x
 
-An assertion counts as a use, so it would keep alive the computation that a forecast replaces. What they guard is
-checked once per call by the signature of the capture instead.
+An assertion counts as a use, so it would keep alive the computation that a forecast replaces. What assertions guard is
+checked once per call by the captured graph's signature instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Removes what no output needs, the inputs that nothing reads included.
+"""Removes what no output needs, including inputs that nothing reads.
 
     (x, w, A0): h = linear(x, w); return (g(A0),)    -->    (A0): return (g(A0),)
 

@@ -1,7 +1,7 @@
-"""Forms of forecasts: how one value is made of more than one combination of its anchors; and the node that does it.
+"""Forms of forecasts: how one value is made of more than one combination of its anchors, and the nodes that do it.
 
-A group of sites names its form (base.Group). Each takes `rows` rows of the coefficient input. What a form needs besides
-is a graph input too.
+A group of sites names its form (base.Group). Each form takes `rows` rows of the coefficient input. Whatever else a form
+needs is a graph input too.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dcc.passes.values import Channels, Coefficients, declare
 
 @dataclass(frozen=True)
 class Bands(Form):
-    """Low frequencies of one combination, high ones of another (kernels/band_split.py).
+    """Low frequencies from one combination, high ones from another (kernels/band_split.py).
 
-    Of a site with several values the largest is split; the others are forecast as its high frequencies are.
+    Where a site has several ports, only the largest is split; the others are forecast as its high frequencies are.
     """
 
     transform: str
@@ -34,13 +34,13 @@ class Bands(Form):
 
 @dataclass(frozen=True)
 class Clusters(Form):
-    """A row of coefficients for every cluster of channels; `of_channel` names each channel's."""
+    """One row of coefficients per cluster of channels; `of_channel` is the cluster of each channel."""
 
     of_channel: tuple[int, ...]
 
     @property
     def rows(self) -> int:
-        """One a cluster."""
+        """Number of coefficient rows: one per cluster."""
         return max(self.of_channel) + 1
 
 
@@ -55,9 +55,9 @@ def coefficient_input(graph_module: GraphModule, table: Table, batch: Any) -> No
 def insert_read(
     graph_module: GraphModule, group: Group, site: Site, port: Port, coefficients: Node, anchors: list[Node]
 ) -> Node:
-    """A forecast of one value of a site of `group`, at the graph's present insertion point.
+    """Inserts the forecast of one port of a site of `group` at the graph's present insertion point; returns its node.
 
-    Raises PassError for clusters of another number of channels than the value has.
+    Raises PassError where the clusters are of another number of channels than the value has.
     """
     form, first = group.form, group.first
     per_sample = str(shape(anchors[0])[0]) == str(shape(coefficients)[1])
@@ -74,7 +74,7 @@ def insert_read(
         with graph_module.graph.inserting_after(low):
             args = (low, high, form.transform, form.cutoff, form.grid)
             value = graph_module.graph.call_function(band_split.reference, args)
-        value.meta["val"] = high.meta["val"]  # not run: its bases would fix a symbolic number of tokens
+        value.meta["val"] = high.meta["val"]  # not run on fake tensors: its bases would fix a symbolic number of tokens
         return value
     if isinstance(form, Clusters):
         channels = sizes(anchors[0])[combine.channel_dim(len(shape(anchors[0])))]

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from dcc.errors import PassError
 from dcc.torch_internals import hint, lazy_graph_module, symbols_of
 
-KEEPS = "dcc_keeps"  # meta of what reads a computed value to keep it: the name of that value
+KEEPS = "dcc_keeps"  # meta of a node that reads a computed value in order to keep it: the name of that value
 REPLACED = "dcc_forecast"  # meta of a node whose value is forecast: the node that stands for it
 
 
@@ -22,7 +22,7 @@ def nodes_by_name(graph_module: GraphModule) -> dict[str, Node]:
 
 
 def node_of(nodes: dict[str, Node], name: str, where: str) -> Node:
-    """The node of a site. Raises PassError, naming the pass `where` and the node, where the graph has none."""
+    """The node called `name`. Raises PassError, naming the pass `where` and the node, where the graph has none."""
     if name not in nodes:
         raise PassError(f"{where}: the graph has no node {name!r}; the site belongs to another capture")
     return nodes[name]
@@ -63,7 +63,7 @@ def shape(node: Node) -> tuple[Any, ...]:
 
 
 def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Sizes, strides, dtype and device: all that an operator may ask of a tensor but its values."""
+    """Sizes, strides, dtype and device: all that an operator may ask about a tensor except its values."""
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
 
 
@@ -85,7 +85,7 @@ def returned(graph_module: GraphModule) -> tuple[Node, ...]:
 
 
 def arguments(node: Node) -> tuple[Any, ...]:
-    """The positional arguments of a call; which of them are nodes is the operator's matter."""
+    """The positional arguments of a call; which of them are nodes depends on the operator."""
     return cast("tuple[Any, ...]", node.args)
 
 
@@ -100,7 +100,7 @@ def insert_call(graph_module: GraphModule, target: Callable[..., Any], *args: An
 def copy_of(graph_module: GraphModule) -> GraphModule:
     """A graph module of the same modules with a copy of the graph, free to be edited.
 
-    Its code is written when it is first run; many copies are only lowered.
+    Its code is generated when it is first run, because many copies are lowered and never run.
     """
     graph = Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
@@ -108,7 +108,7 @@ def copy_of(graph_module: GraphModule) -> GraphModule:
 
 
 def add_placeholder(graph_module: GraphModule, name: str, val: torch.Tensor) -> Node:
-    """A new graph input behind the existing ones."""
+    """A new graph input after the existing ones."""
     inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     first_body = inputs[-1].next if inputs else next(iter(graph_module.graph.nodes))
     with graph_module.graph.inserting_before(first_body):

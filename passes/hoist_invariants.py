@@ -1,9 +1,9 @@
-"""Replaces values that no step changes by graph inputs, which are computed once a session.
+"""Replaces values that no step changes by graph inputs, which are computed once per session.
 
     k = linear(text, w); return (attention(x, k),)    -->    (x, once_k): return (attention(x, once_k),)
 
-The caller chooses the values (`invariants.worth_hoisting`); what only they needed is left dead. Leaves a value alone
-that nothing takes any more. Refuses a value whose node is not in the graph, and one that is no tensor.
+The caller chooses the values (`invariants.worth_hoisting`); what only they needed is left dead. Leaves alone a value
+that nothing uses any more. Refuses a value whose node is not in the graph, and one that is no tensor.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from dcc.passes.values import Once, declare
 
 @dataclass(frozen=True)
 class Hoists(Order):
-    """Names of the nodes whose values come from outside."""
+    """Names of the nodes whose values become graph inputs."""
 
     nodes: tuple[str, ...]
 
 
 class HoistInvariants(Pass):
-    """Takes values that no step changes from outside."""
+    """Makes graph inputs of values that no step changes."""
 
     name: ClassVar[str] = "hoist_invariants"
     takes = Hoists

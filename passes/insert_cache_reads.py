@@ -4,9 +4,9 @@
 -->
     anchors A0, A1 and coefficients c are inputs;  r = combine(c, 0, [A0, A1], True);  return (g(add(x, r)),)
 
-A form (forms.py) makes the read of more rows of coefficients than one. What keeps a computed site's value goes on
-reading the true one, whatever is forecast around it. What only `h` needed is left dead. Sites are
-replaced from the last to the first, so that a residual's base that is itself a forecast site is replaced too.
+A form (forms.py) makes the read from several rows of coefficients. A node that keeps a computed site's value still
+reads the true value, whatever is forecast around it. What only `h` needed is left dead. Sites are replaced from the
+last to the first, so that a residual's base that is itself a forecast site is replaced too.
 
 Refuses a site whose nodes are not in the graph, and two sites on one node.
 """
@@ -41,7 +41,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Reads(Order):
-    """The groups of sites that are forecast, and the size of the table that weighs their anchors."""
+    """The groups of sites that are forecast, and the size of the coefficient table that weighs their anchors."""
 
     groups: tuple[Group, ...]
     table: Table

@@ -29,7 +29,7 @@ class Writes(Order):
 
 
 class InsertCacheWrites(Pass):
-    """Returns what later forecasts of the computed sites will be made of."""
+    """Returns the values of computed sites, from which later forecasts are made."""
 
     name: ClassVar[str] = "insert_cache_writes"
     takes = Writes

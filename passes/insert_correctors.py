@@ -4,8 +4,8 @@
 -->
     factors f0 [r, C] and f1 [D, r] are inputs;  m = linear(linear(x, f0), f1);  h = linear(x, w); return (gelu(h),)
 
-A site whose port has m as its base is written as h - m and forecast as m + its anchor: what has changed in x since then
-is not forgotten, but goes through the small map. Refuses a value that is not in the graph or has other channels.
+A site whose port has m as its base is written as h - m and forecast as m + its anchor: a change of x since that anchor
+still counts, through the small map. Refuses a value that is not in the graph, or has other channels than the map.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     rows = select(c, 0, 0); k0, k1 = view(select(rows, 1, 0), [b, 1, 1]), view(select(rows, 1, 1), [b, 1, 1])
     r = to(add(mul(to(A0, float32), k0), mul(to(A1, float32), k1)), dtype of A0)
 
-Accumulates in float32 whatever the dtype of the anchors (DESIGN contract 3). Leaves other calls alone.
+Accumulates in float32 whatever the dtype of the anchors. Leaves other calls alone.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 --> forecast:  x is the conditional half, A0 and coefficients are inputs;
                u = add(y, combine(coefficients, 0, [A0], True)); return (cat([u, y]),)
 
-The caller hands over the conditional half of every input of a forecast row. Leaves rows alone that have no guidance
-site. Refuses a graph whose first output is not that site's.
+The caller hands over the conditional half of every input of a forecast row. Leaves alone rows that have no guidance
+site. Refuses a guidance site whose node is not in the graph.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Guidance(Order):
 
 
 class InsertGuidance(Pass):
-    """Keeps what guidance adds, or makes the unconditional half from it."""
+    """Keeps what guidance adds, or makes the unconditional half of the batch from it."""
 
     name: ClassVar[str] = "insert_guidance"
     takes = Guidance
@@ -58,7 +58,7 @@ class InsertGuidance(Pass):
         return edits
 
     def _own(self, graph_module: GraphModule, site: Site, output: Node) -> Node:
-        """The denoiser's output, as it is now: itself or what forecasts it."""
+        """The node of the denoiser's output, or of what forecasts it. Raises PassError for another graph's site."""
         if site.ports[0].out not in nodes_by_name(graph_module):
             raise PassError(f"{self.name}: the graph has no node {site.ports[0].out!r}; the site is another capture's")
         return returned(graph_module)[0]
@@ -68,7 +68,7 @@ class InsertGuidance(Pass):
         output = output_node(graph_module)
         coefficients = coefficient_input(graph_module, table, shape(value)[0])
         like = torch.empty_like(value.meta["val"], memory_format=torch.contiguous_format)
-        # of half the batch already, so that nothing is to be cut from them
+        # these anchors have half the batch already, so nothing has to be cut from them
         anchors = [declare(graph_module, Anchor(site.name, 0, age), like) for age in range(table.anchors)]
         with graph_module.graph.inserting_before(output):
             added = insert_read(graph_module, group, site, site.ports[0], coefficients, anchors)
@@ -78,7 +78,7 @@ class InsertGuidance(Pass):
 
 
 def _halves(graph_module: GraphModule, value: Node) -> list[Node]:
-    """The two halves of a batch. Their recorded sizes stay those of the whole: halving a symbolic size would fix it."""
+    """The two halves of a batch. Their metas keep the sizes of the whole: halving a symbolic size would fix it."""
     halves = graph_module.graph.call_function(aten.chunk.default, (value, 2))
     halves.meta["val"] = [value.meta["val"], value.meta["val"]]
     parts = [graph_module.graph.call_function(operator.getitem, (halves, index)) for index in (0, 1)]

@@ -5,9 +5,9 @@
     (x, seen_h_previous): h = add(x, f(x)); d = distance(h, seen_h_previous, "rel_l1", b); w = clone(h)
     return (g(h), w, d)
 
-A forecast as the reference is combined from the values seen at computed steps with the coefficient rows after those of
-the row's forecasts. Watched values come first, then distances, in the row's order. Refuses a site whose nodes are not
-in the graph.
+Where the reference is a forecast, it is combined from the values seen at computed steps, with the coefficient rows that
+follow those of the row's own forecasts. Watched values are returned first, then distances, in the order in which the
+row lists them. Refuses a site whose nodes are not in the graph.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Measures(Order):
-    """Values that are returned for a trigger to compare with later ones, and distances that are measured in this call.
+    """Values to return, which a trigger compares with later ones, and distances to measure in this call.
 
     `anchors` is how many values a drafted forecast combines.
     """
@@ -39,7 +39,7 @@ class Measures(Order):
 
 
 class InsertMeasures(Pass):
-    """Returns what a trigger reads, and what it will compare with."""
+    """Returns what a trigger reads, and the values that it will compare later ones with."""
 
     name: ClassVar[str] = "insert_measures"
     takes = Measures
@@ -82,7 +82,7 @@ class InsertMeasures(Pass):
 
     @staticmethod
     def _one_more_row(graph_module: GraphModule, like: Node, anchors: int) -> tuple[Node, int]:
-        """The coefficient input with one more row, and that row's index; made where no forecast has made it yet."""
+        """The coefficient input with one more row, and that row's index; declared here where no forecast did so."""
         table = input_node(graph_module, Coefficients())
         rows = 0 if table is None else int(table.meta["val"].shape[0])
         value = like.meta["val"].new_empty((rows + 1, shape(like)[0], anchors), dtype=torch.float32)

@@ -4,10 +4,10 @@
 -->
     s = stack([x, h]); return (g(h), sketch.reference(s, sample), sketch.coordinates(s, sample))
 
-A residual's value and its base are sketched apart: sketches are linear, so their difference is the residual's sketch,
-and a base is the value of the block before it. Values of one shape are sketched together, up to TOGETHER numbers at a
-time, so that small features cost few calls and large ones do not stay alive. Runs in calibration only, on eager
-graphs. Refuses a site whose nodes are not in the graph.
+A residual's value and its base are sketched separately: sketches are linear, so their difference is the residual's
+sketch, and a base is the value of the block before it. Values of one shape are sketched together, up to TOGETHER
+numbers at a time, so that small features cost few calls and large ones do not stay alive. Runs in calibration only, on
+eager graphs. Refuses a site whose nodes are not in the graph.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def groups(graph_module: GraphModule, sites: Sequence[Site]) -> list[list[str]]:
     open_groups: dict[tuple[object, ...], list[str]] = {}
     for name in in_graph_order(graph_module, names):
         value = nodes[name].meta["val"]
-        key = (*map(str, value.shape), value.dtype, value.device)  # symbols: 16 texts and 16 pixels part at other sizes
+        # symbolic shapes: 16 text tokens and 16 pixels are of one size here, but not in calls of other sizes
+        key = (*map(str, value.shape), value.dtype, value.device)
         group = open_groups.get(key)
         if group is None or (len(group) + 1) * torch.Size(sizes(nodes[name])).numel() > TOGETHER:
             group = open_groups[key] = []
@@ -77,7 +78,7 @@ def groups(graph_module: GraphModule, sites: Sequence[Site]) -> list[list[str]]:
 
 
 def _summary(graph_module: GraphModule, function: Callable[..., Tensor], stacked: Node, like: Node) -> Node:
-    """A call of `function`, whose value has the sizes of the capture; nothing in the graph reads it."""
+    """A call of `function` whose meta has the sizes at capture, not symbols; nothing in the graph reads its value."""
     node = graph_module.graph.call_function(function, (stacked, like))
     count, *rest = sizes(stacked)
     samples = (sizes(like) or (1,))[0]
@@ -87,7 +88,7 @@ def _summary(graph_module: GraphModule, function: Callable[..., Tensor], stacked
 
 
 def _after(node: Node) -> Node:
-    """The first node after `node` before which a call may stand; inputs come first."""
+    """The first node after `node` before which a call may be inserted: graph inputs are skipped."""
     following = node.next
     while following.op == "placeholder":
         following = following.next

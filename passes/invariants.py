@@ -1,10 +1,10 @@
-"""Analysis: what no step changes, and which of it is worth computing once a session instead of at every step.
+"""Analysis: what no step changes, and which of it is worth computing once per session instead of at every step.
 
-    k = linear(text, w); kv = view(k); return (attention(x, kv),)    x moves, text and w do not: fixed are k and kv;
-                                                                     kv stands at the frontier, and pays
+    k = linear(text, w); kv = view(k); return (attention(x, kv),)    x moves, text and w do not: k and kv are fixed;
+                                                                     kv is at the frontier, and pays for being held
 
 A node is fixed where it takes fixed values only, draws no random numbers and is one of ATen's or Python's own
-operators. Sizes of graph inputs are fixed too: another shape has values of its own.
+operators. Sizes of graph inputs are fixed too, because values are held per shape.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from dcc.passes.costs import Cost
 from dcc.passes.graph import arguments, is_tensor, returned
 from dcc.torch_internals import OpOverload, schema
 
-FLOPS_PER_BYTE = 8  # a core does about ten FLOPs while it reads a byte of memory, a GPU a hundred: below, make it anew
-PASSES_SAVED = 2  # without FLOPs: bytes written on the way to a value, of its own; one pass is fused with what reads it
-MIN_BYTES = 1 << 16  # without FLOPs: below this the passes are a few launches, which do not pay for one more input
-INFLATION = 2  # a value without FLOPs of its own that is so much larger than what it is made of is made at every step
+FLOPS_PER_BYTE = 8  # a core does about ten FLOPs while it reads a byte, a GPU a hundred: below this, compute it again
+# without FLOPs: how many times a value's own bytes are written on the way to it; one pass is fused with what reads it
+PASSES_SAVED = 2
+MIN_BYTES = 1 << 16  # without FLOPs: fewer bytes written are a few launches, which do not pay for one more input
+INFLATION = 2  # a value without FLOPs of its own that is this many times as large as its inputs is made at every step
 
 NAMESPACES = ("aten", "prims")
 PYTHON = ("_operator", "math", "builtins", "torch", "torch.sym_ops")
@@ -31,7 +32,7 @@ PYTHON = ("_operator", "math", "builtins", "torch", "torch.sym_ops")
 def invariants(graph_module: GraphModule, moving: Collection[str], kept: Collection[str] = ()) -> set[str]:
     """Names of the nodes that no step changes, where the graph inputs in `moving` are those that steps change.
 
-    Nodes in `kept`, and what takes their values, do not count as fixed.
+    Nodes in `kept`, and nodes that take their values, do not count as fixed.
     """
     fixed: set[str] = set()
     for node in graph_module.graph.nodes:
@@ -45,7 +46,7 @@ def invariants(graph_module: GraphModule, moving: Collection[str], kept: Collect
 
 
 def frontier(graph_module: GraphModule, fixed: Collection[str]) -> list[str]:
-    """The computed tensors among the `fixed` nodes that some other node takes, or the output, in the graph's order."""
+    """The computed tensors among `fixed` that the output or a node that is not fixed takes, in the graph's order."""
     return [
         node.name
         for node in graph_module.graph.nodes
@@ -61,9 +62,9 @@ def worth_hoisting(
 ) -> tuple[str, ...]:
     """Names of the frontier's nodes that pay for being held, in the graph's order.
 
-    `costs` are those of a call; `kept` names values that have to be computed where they are: cached ones. What does
-    not pay is left to the steps, and what it is made of then stands at the frontier. An output of the graph is never
-    chosen: the caller may write into it.
+    `costs` are those of one call; `kept` names values that have to be computed in the graph because they are cached. A
+    value that does not pay is left to the steps, and its inputs are then at the frontier. An output of the graph is
+    never chosen: the caller may write into it.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
     left = {*kept, *(name for node in returned(graph_module) for name in _aliases(node))}
@@ -146,7 +147,7 @@ def _refused(node: Node, fixed: Collection[str], costs: Mapping[str, Cost]) -> s
 
 
 def _cone(root: Node, fixed: Collection[str]) -> list[Node]:
-    """The fixed nodes that are computed for `root` alone: all their users are, or are `root` itself."""
+    """`root` and the fixed nodes that are computed for it alone: all users of such a node are among these."""
     found, todo = {root: None}, [root]
     while todo:
         for node in todo.pop().all_input_nodes:

@@ -1,10 +1,10 @@
 """Analysis: the skip connections and resolution levels of a U-Net, and where to cut below each of them.
 
-A skip connection is a concatenation of a value with an older value that it was made from. Cutting at the newer one
-leaves only what lies around the skip: that is DeepCache (arXiv 2312.00858), whose branch 0 is the outermost skip.
+A skip connection is a concatenation of a value with an older value that it was made from. Caching the newer one leaves
+only the work around the skip: that is DeepCache (arXiv 2312.00858), whose branch 0 is the outermost skip.
 
 A level is a spatial size at which convolutions run. Level 0 is the finest. The cut at level k is the set of values of
-least bytes that separates all work at level k and deeper from the convolutions of the finer levels behind it.
+least bytes that separates all work at level k and deeper from the convolutions of the finer levels after it.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@
     h1 = invoke_subgraph(body, x, w1)[0]; h2 = invoke_subgraph(body, h1, w2)[0]; return (g(h2),)
 
 Blocks are numbered modules (blocks.py); two share a body where their nodes, constants and the shapes, strides, dtypes
-and devices of all their values are the same. A block that has no twin is searched for twins among the blocks inside it.
+and devices of all their values are the same. Where a block has no twin, twins are searched among the blocks inside it.
 Needs a graph whose `meta["val"]` are those of the shapes to be compiled.
 
-A body returns no view: Inductor reads a returned view with a storage offset at offset 0, silently. Views at a block's
-end stay outside, others are copied. Refuses a block that another block's nodes lie in the middle of.
+A body returns no view, because Inductor silently reads a returned view with a storage offset at offset 0. Views at a
+block's end stay outside, others are copied. Refuses a block that has nodes of another block in its middle.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dcc.passes.blocks import is_inside, numbered_blocks
 from dcc.passes.graph import layout, nodes_by_name
 from dcc.torch_internals import OpOverload, invoke_subgraph, legalize_graph, pytree, schema, storage_id
 
-TWINS = 2  # of one structure, from which on they are outlined
+TWINS = 2  # the fewest blocks of one structure that are outlined
 MIN_NODES = 8  # smaller blocks cost Inductor less than a call does
 
 
@@ -45,11 +45,11 @@ class Region:
 
 @dataclass(frozen=True)
 class Outlines(Order):
-    """Asks for outlining; a lowering that went wrong is tried without."""
+    """Asks for outlining; a lowering that went wrong is tried again without it."""
 
 
 class OutlineBlocks(Pass):
-    """Makes the compile time depend on how many different blocks there are."""
+    """Makes compile time depend on how many different blocks there are, not on how many in all."""
 
     name: ClassVar[str] = "outline_blocks"
     stage: ClassVar[str] = LOWERING
@@ -69,7 +69,7 @@ def bodies(graph_module: GraphModule) -> int:
 def outline_blocks(graph_module: GraphModule) -> tuple[int, int]:
     """Outlines in place; returns how many bodies there are and how many calls of them."""
     groups = twins(graph_module)
-    for index, regions in enumerate(groups):  # all bodies before any call: a call changes what others take
+    for index, regions in enumerate(groups):  # all bodies before any call: a call changes what later regions take
         graph_module.add_submodule(f"body_{index}", _body(regions[0]))
     replaced: dict[Node, Node] = {}
     for index, regions in enumerate(groups):
@@ -117,7 +117,10 @@ def _children(path: str, blocks: Iterable[str]) -> list[str]:
 
 
 def _region(members: set[Node], others: set[Node], order: dict[Node, int]) -> Region | None:
-    """The region of a block's nodes and of what lies on the way from one of them to another, None where others do."""
+    """The region of a block's nodes and of all nodes between two of them.
+
+    None where nodes of `others` are between them, and where values that are no tensors would enter or leave.
+    """
     ordered = sorted(members, key=order.__getitem__)
     window = _between(ordered[0], ordered[-1])
     behind, before = set(members), set(members)

@@ -7,9 +7,10 @@
 
 `h` stands for the forecast: insert_cache_reads, which comes later, replaces it by the read. The correction c is what
 refreshes have changed since the site was computed, a tensor like the site; it starts at zero where the site is
-computed. It is the scatter of fresh tokens into the newest anchor of a copied forecast, and keeps the trend of all
-others. Other state: ages of tokens [B, N], K-means labels [B, N], how often a token was dropped [B, N]. All numbers of
-tokens are static and indices stay on the device. Refuses a site or a region whose nodes are not in the graph.
+computed. With a forecast by copy it has the effect of scattering fresh tokens into the newest anchor; with any other
+predictor the forecast's trend is kept. The other state is: ages of tokens [B, N], K-means labels [B, N], how often a
+token was dropped [B, N]. All numbers of tokens are static and indices stay on the device. Refuses a site or a region
+whose nodes are not in the graph.
 """
 
 from __future__ import annotations
@@ -70,14 +71,14 @@ class _Editor:
         self.nodes = nodes_by_name(graph_module)
         self.output = output_node(graph_module)
         self.here: Node = self.output
-        self.merged: dict[Node, Node] = {}  # a refreshed site's value, and what stands for it now
-        self.asked: tuple[Node, Node] | None = None  # scores and index that the output of the step before left
+        self.merged: dict[Node, Node] = {}  # from a refreshed site's value to what stands for it now
+        self.asked: tuple[Node, Node] | None = None  # scores from the output of the step before, and what they chose
 
     def value_of(self, refresh: Refresh) -> Node:
         return self.nodes[refresh.site.ports[0].out]
 
     def start(self, refresh: Refresh) -> None:
-        """A computed site: nothing is corrected yet, no token has aged, the tokens are clustered."""
+        """Starts the state of a computed site: nothing is corrected, no token has aged, the tokens are clustered."""
         self.here = self.output
         out, name = self.value_of(refresh), refresh.site.name
         self.keep(State("correction", name), self.call(aten.zeros_like.default, out))
@@ -88,7 +89,7 @@ class _Editor:
             self.keep(State("labels", name), labels)
 
     def forecast(self, refresh: Refresh) -> None:
-        """A forecast site, with what earlier refreshes corrected; and with fresh tokens where the row asks for them."""
+        """Adds to a forecast site what earlier refreshes corrected, and fresh tokens where the row asks for them."""
         out, state = self.value_of(refresh), State("correction", refresh.site.name)
         users = list(out.users)
         self.here = out.next
@@ -101,7 +102,7 @@ class _Editor:
         self.merged[out] = value
 
     def fresh(self, refresh: Refresh, value: Node) -> Node:
-        """`value` with the chosen tokens computed."""
+        """`value` with the chosen tokens computed afresh."""
         labels = None
         if refresh.select == "cluster":
             clusters = int(refresh.option("clusters"))
@@ -118,7 +119,7 @@ class _Editor:
         return self.call(tokens.scatter, value, index, computed)
 
     def top(self, refresh: Refresh, value: Node) -> Node:
-        """The tokens of largest score; by the norm, those that have waited longer score higher."""
+        """Index of the tokens with the largest scores; scores by norm grow with the time that a token has waited."""
         count = tokens.count(refresh.ratio, sizes(value)[1])
         if refresh.select == "random":
             score = self.numbers(value, tokens.random_score, self.step(), value, refresh.salt)
@@ -132,7 +133,7 @@ class _Editor:
         return index
 
     def asked_for(self, refresh: Refresh, value: Node) -> Node:
-        """The tokens that the output of the step before asked for, as the site counts its tokens."""
+        """Index of the tokens that the output of the step before asked for, in the site's own numbering."""
         if self.asked is None:
             here, output = self.here, returned(self.graph_module)[0]
             score = self.input(State("noise"), self.per_token(output, torch.float32))
@@ -180,7 +181,7 @@ class _Editor:
             return insert_call(self.graph_module, target, *args, **kwargs)
 
     def numbers(self, value: Node, target: Callable[..., Any], *args: Any) -> Node:
-        """A call that gives a number a token of `value`."""
+        """A call that gives one number per token of `value`."""
         dtype = torch.int64 if target is tokens.cluster else torch.float32
         return self._known(self.per_token(value, dtype), target, *args)
 
@@ -189,7 +190,7 @@ class _Editor:
         return self._known(value.meta["val"].new_empty((shape(value)[0], count), dtype=torch.int64), target, *args)
 
     def _known(self, val: Tensor, target: Callable[..., Any], *args: Any) -> Node:
-        """A call of known shape. It is not run on symbolic sizes, which its numbers of tokens would fix."""
+        """A call whose result is like `val`. It is not run on fake tensors: it would fix symbolic numbers of tokens."""
         with self.graph_module.graph.inserting_before(self.here):
             node = self.graph_module.graph.call_function(target, args)
         node.meta["val"] = val

@@ -2,8 +2,8 @@
 
     x1 = x0 + gate * attention(norm(x0));  x2 = x1 + gate * mlp(norm(x1))
 
-x2 rides on x0; its branches are attention(...) and mlp(...), taken before their gates. Found by walking back from
-a value through additions and shape changes only.
+x2 rides on x0; its branches are attention(...) and mlp(...), taken before their gates. They are found by walking back
+from a value through additions and shape changes only.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def branches(node: Node, stop: set[str], inside: frozenset[str]) -> list[Branch]
 
 
 def attention_output(value: Node, inside: frozenset[str]) -> Node | None:
-    """The attention's output [B, N, C] that a branch of attention and MLP projects together; None where it has none."""
+    """The attention's output [B, N, C] in a branch that projects attention and MLP together, None where it has none."""
     todo, seen = [value], {value}
     while todo and not op_name(todo[-1]).lstrip("_").startswith(ATTENTION):
         found = [n for n in todo.pop().all_input_nodes if n.name in inside and n not in seen]
@@ -119,7 +119,7 @@ def _tensors(node: Node) -> list[Node]:
 
 
 def _before_gate(value: Node) -> Node:
-    """Strips `gate * value` where the gate is broadcast over the value, and dropout."""
+    """The value before its gate (a factor that is broadcast over it), dropout and casts."""
     name, tensors = op_name(value), _tensors(value)
     if name == "dropout" or (name in ("to", "_to_copy") and len(tensors) == 1):
         return _before_gate(tensors[0])

@@ -2,8 +2,8 @@
 
     n = sym_size(x, 1); y = view(x, [n, -1])    -->    y = view(x, [1024, -1])
 
-For lowering, which makes code for one set of shapes. Refuses nothing; an operator that these sizes do not fit raises
-what it raises.
+Lowering needs this, because it makes code for one set of shapes. Refuses nothing; an operator that these sizes do not
+fit raises its own error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Shapes(Order):
 
 
 class Specialize(Pass):
-    """Makes the graph one for fixed sizes."""
+    """Makes a graph of symbolic sizes one of fixed sizes."""
 
     name: ClassVar[str] = "specialize"
     stage: ClassVar[str] = LOWERING
@@ -41,7 +41,7 @@ class Specialize(Pass):
 
 
 def specialize(graph_module: GraphModule, values: Sequence[Tensor]) -> GraphModule:
-    """A copy for inputs like `values` (fake or real tensors, one for each placeholder); its metas are like them."""
+    """A copy for inputs like `values` (fake or real tensors, one per placeholder), with metas of the same sizes."""
     graph, copies = Graph(), {}
     numbers: dict[Node, Any] = {}  # nodes that are sizes, or made of sizes
     known: dict[Node, Any] = {}

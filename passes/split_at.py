@@ -1,9 +1,9 @@
-"""Splits a variant after the values that a trigger looks at: a prefix that all rows share, and the rest.
+"""Splits a variant after the values that a trigger looks at, into a prefix that all rows share and a suffix.
 
     h = f(x); d = distance(h, seen); y = g(h); return (y, d)    -->    prefix (x, seen) -> (h, d);  suffix (h) -> (y)
 
-Not a pass of the list: one graph becomes two. Values that are no tensors (sizes, lists of views) are computed again in
-the suffix instead of being handed over.
+This is not in PASSES, because it makes two graphs of one. Values that are no tensors (sizes, lists of views) are
+computed again in the suffix instead of being handed over.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def suffix(graph_module: GraphModule, inside: set[str], drop: Sequence[str]) -> 
 
 
 def _needed(outputs: Sequence[Node], inside: set[str]) -> set[Node]:
-    """Nodes after the split, with those before it that they take: tensors as they are, others down to their tensors."""
+    """Nodes that `outputs` need. The walk back ends at tensors `inside` the prefix: those are handed over."""
     found: set[Node] = set()
     todo = list(outputs)
     while todo:

@@ -1,4 +1,4 @@
-"""Canonical text of a graph (stable names, targets, shapes, dtypes) for dumps, golden tests, replay, cache keys."""
+"""Canonical text of a graph (stable names, targets, shapes, dtypes) for dumps, golden tests, replay and cache keys."""
 
 from __future__ import annotations
 

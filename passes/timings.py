@@ -1,4 +1,4 @@
-"""Analysis: what every node takes in one real call, in seconds."""
+"""Analysis: how long every node takes in one real call, in seconds."""
 
 from __future__ import annotations
 

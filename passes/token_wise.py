@@ -2,9 +2,9 @@
 
     x1 = ...;  h = linear(gelu(linear(norm(x1) * scale + shift)));  x2 = x1 + gate * h
 
-The region of h ends at x1: to compute some tokens of h, take those tokens of x1 and run the four calls on them. A
-token is dimension 1 of a value [B, N, C...]. Proved node by node from the operators; no shape is trusted to be a token
-dimension that data flow does not show to be one.
+The region of h ends at x1: to compute some tokens of h, take those tokens of x1 and run the calls between on them.
+Tokens are dimension 1 of a value [B, N, C...]. All this is proved node by node from the operators: a dimension counts
+as tokens only where data flow shows that it is, never because of its size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POINTWISE = frozenset(
 )  # fmt: skip
 MATRIX = frozenset({"linear", "matmul"})  # tokens times a matrix that is the same for all of them
 NORMS = frozenset({"layer_norm", "rms_norm"})
-# Operators of one dimension, and where that stands among their arguments.
+# Operators that work along one dimension, and the position of that dimension among their arguments.
 ALONG = {
     "chunk": 2, "split": 2, "split_with_sizes": 2, "slice": 1, "select": 1, "unbind": 1, "unsqueeze": 1, "squeeze": 1,
     "cat": 1, "stack": 1, "unflatten": 1, "flatten": 1, "softmax": 1, "mean": 1, "sum": 1, "amax": 1,
@@ -47,7 +47,7 @@ class Region:
 
 
 def token_region(value: Node, ends: Collection[str]) -> Region | str:
-    """What makes `value` [B, N, C...] of the values named in `ends`, token by token; or the reason why nothing does."""
+    """What makes `value` [B, N, C...] token by token from the values named in `ends`, or a reason why nothing does."""
     if not is_tensor(value) or len(sizes(value)) < 3 or sizes(value)[1] < 2:
         return f"{value.name} is no value of shape [batch, tokens, channels] with two or more tokens"
     tokens = sizes(value)[1]
@@ -70,9 +70,9 @@ def token_region(value: Node, ends: Collection[str]) -> Region | str:
 
 
 def residual_ends(value: Node) -> tuple[set[str], Node | None]:
-    """Where the region of a branch ends: the values on the residual stream it is added to; and the first sum with it.
+    """Where a branch's region ends: the values on the residual stream that it is added to; and the first sum with it.
 
-    Empty, and None, where the value is added to no stream.
+    Empty, and None, where the value is added to no residual stream.
     """
     node = value
     while True:
@@ -94,7 +94,7 @@ def residual_ends(value: Node) -> tuple[set[str], Node | None]:
 
 
 def _carriers(node: Node, tokens: int) -> list[Node] | str:
-    """Arguments of `node` that carry its tokens in dimension 1; or why one token of it needs more than that token."""
+    """Arguments of `node` that carry its tokens in dimension 1; or why a token of its value needs other tokens too."""
     name = op_name(node)
     if name == "getitem":
         return [arguments(node)[0]]
@@ -162,7 +162,7 @@ def _keeps_tokens(node: Node) -> bool:
 
 
 def _carrying(found: list[Node], tokens: int) -> list[Node] | str:
-    """`found`, where each has the tokens in dimension 1."""
+    """`found`, where each of them has the tokens in dimension 1; else the reason why not."""
     if not found:
         return "is made of no value that carries the tokens"
     other = next((n for n in found if len(sizes(n)) < 2 or sizes(n)[1] != tokens), None)

@@ -1,8 +1,8 @@
 """What a graph takes and returns besides the denoiser's own tensors: a small value for each input and output.
 
 The pass that adds an input or output declares it by `declare` or `emit`; the node keeps the value in its meta, and a
-Variant reads it from there. An input says itself which tensor it wants of the call being served (`tensor`), so a pass
-with a new kind of input is one file. Names are for reading graphs only: nothing parses or rebuilds one.
+Variant reads it from there. An input itself says which tensor it is in the call being served (`tensor`), so a pass
+with a new kind of input is one file. Names are for people who read graphs: nothing parses or rebuilds one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VALUE = "dcc_value"  # meta of a placeholder: the Input that it is; of a node th
 class Served(Protocol):
     """The call that is being served, as inputs see it. Implemented by dcc.serve.binding.Binding."""
 
-    step: float  # of the sampler; fractional between the plan's noise levels
+    step: float  # the sampler's step; fractional between the plan's noise levels
     device: torch.device
 
     def argument(self, path: str) -> Tensor:
@@ -31,11 +31,11 @@ class Served(Protocol):
         ...
 
     def coefficients(self) -> Tensor:
-        """[rows, batch, J] float32: a row per forecast."""
+        """Coefficients [rows, batch, J] float32, one row per forecast."""
         ...
 
     def anchor(self, anchor: Anchor) -> Tensor:
-        """A value of a site that was kept."""
+        """A kept value of a site's port."""
         ...
 
     def state(self, state: State) -> Tensor:
@@ -51,7 +51,7 @@ class Served(Protocol):
         ...
 
     def seen(self, seen: Seen) -> Tensor:
-        """A value that a trigger watches, as it was."""
+        """A watched value, as it was at an earlier step."""
         ...
 
     def handed(self, handed: Handed) -> Tensor:
@@ -73,7 +73,7 @@ class Input:
         raise NotImplementedError
 
     def tensor(self, served: Served) -> Tensor:
-        """The tensor that it is in the call being served."""
+        """The tensor to pass for this input in the call being served."""
         raise NotImplementedError
 
 
@@ -106,8 +106,8 @@ class Coefficients(Input):
 class Anchor(Input):
     """The value of a site's port `age` anchors ago; 0 is the newest.
 
-    `batched` says that its first dimension counts the samples of the batch, of which a row on the conditional half of
-    a guidance batch takes the second half.
+    `batched` says that its first dimension counts the samples of the batch; a row that runs on the conditional half of
+    a guidance batch then takes the second half of it.
     """
 
     site: str
@@ -209,7 +209,7 @@ class Seen(Input):
 
 @dataclass(frozen=True)
 class Handed(Input):
-    """A node's value that the prefix of a triggered step hands to the suffix; `batched` as an anchor's."""
+    """A node's value that the prefix of a triggered step hands to the suffix; `batched` as in Anchor."""
 
     node: str
     batched: bool = False
@@ -246,7 +246,7 @@ class Write(Output):
 
 @dataclass(frozen=True)
 class Next(Output):
-    """What a state becomes."""
+    """The next value of a state."""
 
     state: State
 
@@ -268,7 +268,7 @@ class Watched(Output):
 
 @dataclass(frozen=True)
 class Distance(Output):
-    """The number [batch] float32 that a trigger reads."""
+    """The distances [batch] float32 that a trigger reads."""
 
     look: Look
 

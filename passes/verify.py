@@ -14,7 +14,7 @@ OPS = ("placeholder", "call_function", "call_module", "output")  # and get_attr 
 def verify(graph_module: GraphModule, where: str) -> None:
     """Raises PassError, naming `where` (a pass or stage) and the node, unless every invariant holds.
 
-    Invariants: nodes are in topological order and belong to one graph; names are unique; no attribute reads but of
+    Invariants: nodes are in topological order and belong to one graph; names are unique; no attribute is read except
     bodies that blocks share (weights are inputs); no call mutates its arguments; every value has `meta["val"]`; the
     output is one flat tuple of nodes.
     """

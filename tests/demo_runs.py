@@ -73,6 +73,6 @@ class DemoRun:
 
 @functools.cache
 def demo_run(name: str) -> DemoRun:
-    """The pipeline of this name, once a test session."""
+    """The pipeline of this name, once per test session."""
     torch.manual_seed(0)
     return DemoRun(name)

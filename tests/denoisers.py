@@ -6,7 +6,7 @@ forward in the form the diffusers pipelines pass them: a leading batch dimension
 lists, tuples and dicts of tensors where the model asks for them. Forwards take 2 to 20 ms on one core.
 
 Left out on purpose: Lumina2Transformer2DModel (reads prompt lengths with ``tolist()``; torch.export rejects it) and
-UNetSpatioTemporalConditionModel (works, but takes 40 ms a forward and 20 s to export with ``Dim.AUTO``).
+UNetSpatioTemporalConditionModel (works, but takes 40 ms per forward and 20 s to export with ``Dim.AUTO``).
 """
 
 from __future__ import annotations

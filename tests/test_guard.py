@@ -77,8 +77,8 @@ def test_extra_steps_are_in_the_middle_of_the_next_gap() -> None:
     plan = replace(tiny.plan(MODEL, ["output"], SCHEDULE), limits=(0.0, 0.1, 0.1, 0.0, 0.0, 0.0, 0.1))
     assert extra_step(plan, 2, 0.2) == 4
     assert extra_step(plan, 2, 0.1) is None  # within the limit
-    assert extra_step(plan, 1, 0.2) is None  # no gap behind
-    assert extra_step(plan, 6, 0.2) is None  # nothing behind at all
+    assert extra_step(plan, 1, 0.2) is None  # no gap after it
+    assert extra_step(plan, 6, 0.2) is None  # nothing after it at all
     assert extra_step(replace(plan, limits=()), 2, 0.2) is None
 
 

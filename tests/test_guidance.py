@@ -76,7 +76,7 @@ def test_moving_inputs_beside_the_sample_do_not_make_a_run_guided():
 
     recorder = Recorder(PerToken())
     text = torch.randn(2, 8)
-    for time in (9.0, 5.0, 1.0):  # two images at one level a token, as some video models are called
+    for time in (9.0, 5.0, 1.0):  # two images at one level per token, as some video models are called
         recorder(sample=torch.randn(2, 4, 8), times=torch.full((2, 4), time), time=torch.tensor(time), text=text)
     assert not recorder.result().guided
 
@@ -91,7 +91,7 @@ def test_demo_pipelines_show_whether_they_are_guided():
 
 
 def plan_of(sites, schedule, predictors=None, levels=None, forms=None):
-    """A plan of these sites; one string of digits a site."""
+    """A plan of these sites; one string of digits per site."""
     return make_plan(
         model="", scheduler="s", levels=levels or tuple(range(len(schedule[0]), 0, -1)), sites=list(sites),
         schedule=[tuple(map(int, row)) for row in zip(*schedule, strict=True)],

@@ -1,4 +1,4 @@
-"""What no step changes is computed once a session, of that session's prompt and weights, and changes no number."""
+"""What no step changes is computed once per session, of that session's prompt and weights, and changes no number."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Two blocks behind an embedder of the text; every layer's weight tells in a count which layer ran."""
+    """Two blocks after an embedder of the text; every layer's weight tells in a count which layer ran."""
 
     def __init__(self) -> None:
         super().__init__()

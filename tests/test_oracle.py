@@ -20,7 +20,7 @@ from .oracle import GROUPS, SITES, Cached, History, Oracle, taps
 MODELS = tuple(SITES)
 ALL_COMPUTE = [[1]] * tiny.STEPS
 # The oracle forecasts in float64, dcc in float32 with coefficients of at most about 50 (Newton, order 2, four steps
-# ahead); with seven steps of a network of float32 behind, 1e-4 of the output's scale leaves room for rounding only.
+# ahead); with seven steps of a network of float32 after them, 1e-4 of the output's scale leaves room for rounding only.
 TOLERANCE = 1e-4
 
 PREDICTORS = st.sampled_from(

@@ -49,7 +49,7 @@ def profile_of(values):
 
 
 def test_block_caching_adds_changes_up_until_they_exceed_delta(setting):
-    """0.1 a step exceeds 0.25 at every third; a jump of 1 does at once, and what came before it no longer counts."""
+    """0.1 per step exceeds 0.25 at every third; a jump of 1 does at once, and what came before it no longer counts."""
     steady, jump = [1.1**s for s in range(8)], [1, 1.1, 2.2, 2.2, 2.2 * 1.2, 2.2 * 1.2, 2.2 * 1.2 * 1.1, 2.2]
     profile = profile_of({"blocks.0": steady, "blocks.1": jump})
     policy = make_policy("block_caching", setting(profile=profile), {"delta": 0.25})

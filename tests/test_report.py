@@ -132,7 +132,7 @@ def test_the_page_is_self_contained_and_says_everything(tmp_path: Path):
         assert text in page.text
     assert "a <b>bold</b> square" not in html  # escaped
     assert "Worst prompt of each plan" in page.text and "prompt 3: a green cross" in page.text
-    # the plot; 3 pictures a worst prompt of two plans; reference, and own and difference of two plans, of one prompt
+    # the plot; 3 pictures per worst prompt of two plans; reference, and own and difference of two plans, of one prompt
     assert len(page.addresses) == 1 + 3 * 2 + 1 + 2 * 2
     assert html.count("<rect") == 12 * 3
 

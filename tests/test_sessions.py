@@ -147,7 +147,7 @@ Call = Callable[[str, int, dict[str, Any]], Tensor]  # (stream, step, arguments)
 
 
 def guided(call: Call, prompts: dict[str, dict[str, Any]]) -> list[Tensor]:
-    """Classifier-free guidance in two denoiser calls a step; returns the sample behind each step."""
+    """Classifier-free guidance in two denoiser calls per step; returns the sample after each step."""
     sample, found = tiny.noise(MODEL, 1), []
     for step in range(tiny.STEPS):
         arguments = {name: tiny.arguments(MODEL, prompt, sample, step) for name, prompt in prompts.items()}
@@ -194,7 +194,7 @@ def test_cond_and_uncond_as_separate_calls(how: str) -> None:
 
 @pytest.mark.parametrize("last", [0, 1], ids=["last step forecast", "last step computed"])
 def test_a_finished_generation_holds_nothing(last: int) -> None:
-    """Neither anchors nor the prompt: only a generation that is under way holds them, at most J anchors a site."""
+    """Neither anchors nor the prompt: only a generation that is under way holds them, at most J anchors per site."""
     net, prompt = net_for(mask=(*MASK[:-1], last)), tiny.prompt(MODEL, 1)
     held = weakref.ref(prompt["encoder_hidden_states"])
     unfinished = tiny.generation(MODEL, tiny.denoise_with(net), 1, prompt)

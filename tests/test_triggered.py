@@ -1,4 +1,4 @@
-"""Run-time triggers in real denoisers: exact where they always compute, one read and two regions a step, and every
+"""Run-time triggers in real denoisers: exact where they always compute, one read and two regions per step, and every
 sample of a batch on its own."""
 
 from __future__ import annotations

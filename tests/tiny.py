@@ -61,7 +61,7 @@ def euler(sample: Tensor, output: Tensor) -> Tensor:
 
 
 def generation(model: str, denoise: Denoise, seed: int, prompt: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """One generation, a step at a time: yields the denoiser's output and the sample behind it."""
+    """One generation, a step at a time: yields the denoiser's output and the sample after it."""
     sample = noise(model, seed)
     for step in range(STEPS):
         with torch.no_grad():

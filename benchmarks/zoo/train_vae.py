@@ -66,7 +66,7 @@ def outlines(x):
 
 
 def polish(vae, minutes, batch, rate, seed):
-    """The decoder trained on for `minutes` behind the frozen encoder, with latents as noisy as a denoiser's."""
+    """The decoder trained on for `minutes` after the frozen encoder, with latents as noisy as a denoiser's."""
     vae = vae.to(memory_format=torch.channels_last)
     weights = list(vae.decoder.parameters())
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3)

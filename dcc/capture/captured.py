@@ -22,7 +22,7 @@ class Weight(Input):
 
     owner: dict[str, Tensor | None]
     key: str
-    path: str  # in the module
+    path: str  # its full name in the module
 
     @property
     def name(self) -> str:
@@ -58,9 +58,9 @@ class Constant(Input):
 class Captured:
     """A denoiser as one graph. Graph inputs: weights, then the call's tensors; outputs: a flat tuple.
 
-    It holds nothing that a run showed, so that any number of compilations may share it. `problem` is why the module
-    could not be exported; the graph is then one call of the eager module. `origin` says where it comes from. `proven`
-    grows: it has the shapes at which the graph was seen to equal the module.
+    It holds nothing of a recorded run, so that any number of compilations may share it. `problem` is why the module
+    could not be exported; the graph is then one call of the eager module. `origin` says where the graph comes from.
+    `proven` grows: it holds the shapes at which the graph was seen to equal the module.
     """
 
     graph_module: GraphModule
@@ -92,7 +92,7 @@ class Captured:
         return str(returned(self.graph_module)[0].meta["val"].shape[0])
 
     def part(self, call: Call, rows: slice | Tensor) -> Call:
-        """The call of some samples of the batch: these rows of every tensor that has the batch first."""
+        """`call` for some samples of the batch: `rows` of every tensor whose first dimension is the batch."""
         names = {path: self._symbols.get(path, []) for path in call.names}
         own = [bool(sizes) and str(sizes[0]) == self.batch for sizes in names.values()]
         return replace(call, tensors=tuple(t[rows] if o else t for t, o in zip(call.tensors, own, strict=True)))
@@ -126,9 +126,9 @@ class Captured:
         return values
 
     def agrees(self, module: nn.Module, call: Call, exactly: bool = False) -> bool:
-        """Whether the graph gives the eager module's outputs for this call, to float rounding or bit for bit.
+        """Whether the graph gives the eager module's outputs for this call, up to float rounding or `exactly`.
 
-        To float rounding is asked once for each shape.
+        Up to rounding, the two are compared once per shape; exactly means bit for bit.
         """
         if self.problem or (not exactly and call.shapes in self.proven):
             return True
@@ -148,7 +148,7 @@ class Captured:
         return equal
 
     def is_exact(self, module: nn.Module, *calls: Call) -> bool:
-        """Whether it gives the module's outputs bit for bit for the first of the calls that it accepts; one it must."""
+        """Whether the first of `calls` that it accepts gives the module's outputs bit for bit; False without one."""
         call = next((call for call in calls if self.accepts(call)), None)
         return call is not None and self.agrees(module, call, exactly=True)
 

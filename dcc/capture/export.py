@@ -1,7 +1,7 @@
 """Captures a denoiser once, as a functional ATen graph whose weights are inputs. The only file that uses torch.export.
 
-A Captured serves every call of the same signature whose shapes fit (DESIGN contract 1). What a later process reads from
-disk has to give the module's outputs bit for bit, or is made anew.
+A Captured serves every call of the same signature whose shapes fit. A graph that a later process reads from disk has to
+give the module's outputs bit for bit; otherwise the module is captured anew.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from dcc.torch_internals import pytree
 def capture(module: nn.Module, call: Call, first: Call | None = None) -> Captured:
     """Exports `module` for calls like this one; capture with a batch of 2 or more, because sizes of 1 are fixed.
 
-    `first` is a call that it will serve: on that one, where it can, it is compared with the module.
-    Tries all dimensions dynamic, then fixed shapes, then falls back to the eager module as one opaque node, keeping
-    the reason in `problem`. A module that was captured before is not captured again while its old graph still gives
-    its outputs bit for bit, so compiling once more for another plan is quick.
+    `first` is a call that the graph will serve; where the graph accepts it, that is the call on which it is compared
+    with the module. Tries all dimensions dynamic, then fixed shapes, then falls back to the eager module as one opaque
+    node, keeping the reason in `problem`. A module that was captured before is not captured again while its old graph
+    still gives its outputs bit for bit, so compiling once more for another plan is quick.
     """
     tests = (call,) if first is None else (first, call)
     for known in _CAPTURES.get(module, []):

@@ -1,4 +1,4 @@
-"""A captured graph as a file: safetensors of its constants, its nodes as JSON in the header.
+"""A captured graph as a file: safetensors of its constants, with its nodes as JSON in the header.
 
 The file holds no code. Targets are looked up by name among torch's operators and a few functions of sizes; sizes are
 arithmetic on symbols, rebuilt in a shape environment of their own.
@@ -85,7 +85,7 @@ class _Writer:
         self.seen: dict[int, tuple[int, Any]] = {}
 
     def node(self, index: int, node: Node) -> list[Any]:
-        """[op, name, target, args, kwargs, index of its value or None, index of its module paths]."""
+        """A node as [op, name, target, args, kwargs, index of its value or None, index of its module paths]."""
         self.index[node] = index
         try:
             target = node.target if node.op in ("placeholder", "output") else _name(node.target)
@@ -100,9 +100,9 @@ class _Writer:
         return table.setdefault(json.dumps(value), len(table))
 
     def value_index(self, val: Any) -> int:
-        """Of a value's facts; repeated blocks share their values."""
+        """Index of a value's facts; repeated blocks share their values."""
         if id(val) not in self.seen:
-            self.seen[id(val)] = self.once(self.values, self.value(val)), val  # which keeps it, and so its id
+            self.seen[id(val)] = self.once(self.values, self.value(val)), val  # held, so that its id is not given again
         return self.seen[id(val)][0]
 
     def argument(self, value: Any) -> Any:
@@ -132,7 +132,7 @@ class _Writer:
         return {"number": self.size(val)}
 
     def size(self, size: Any) -> Any:
-        """A number, or the expression of a symbolic one as text."""
+        """A size as a number, or as the text of its expression where it is symbolic."""
         if size is None or isinstance(size, bool | int | float):
             return size
         if not isinstance(size, SYMBOLIC):

@@ -1,4 +1,4 @@
-"""Traces one block of each kind: what makes the time of an export depend on the kinds of blocks, not on depth.
+"""Traces one block of each kind, so that the time of an export depends on the kinds of blocks, not on depth.
 
 While torch.export traces a module, the first call of a block runs between two boundary operators, and later calls of
 blocks of the same kind, with inputs of the same shapes, are one opaque operator each. Afterwards every such operator
@@ -27,7 +27,7 @@ from dcc.errors import CaptureError
 from dcc.passes.graph import arguments, layout
 from dcc.torch_internals import module_stack, pytree, set_module_stack, slots
 
-SMALLEST = 4  # modules of a block; copying less saves nothing
+SMALLEST = 4  # the fewest modules of a block that is copied; copying less saves nothing
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
@@ -36,7 +36,7 @@ _TENSOR = object()
 
 @dataclass(frozen=True)
 class First:
-    """The call of a kind of block that is traced: its number, its block, and what the block returned."""
+    """The traced call of a kind of block: its key, the path of its block, and what the block returned."""
 
     key: str
     path: str
@@ -44,7 +44,7 @@ class First:
     constants: tuple[Any, ...]  # the leaves of what it returned, _TENSOR for tensors
 
     def returned(self, tensors: Sequence[Tensor]) -> Any:
-        """What another block of this kind returns."""
+        """What another block of this kind returns, made of its `tensors`."""
         rest = iter(tensors)
         leaves = [next(rest) if value is _TENSOR else value for value in self.constants]
         return pytree.tree_unflatten(leaves, self.spec)
@@ -56,7 +56,7 @@ _KEYS = itertools.count()
 
 @torch.library.custom_op("dcc::boundary", mutates_args=())
 def _boundary(key: str, path: str, tensors: list[Tensor]) -> list[Tensor]:
-    """The same values: what enters or leaves the block at `path`, traced as `key`."""
+    """Copies of the tensors that enter or leave the block at `path`, which is traced as `key`."""
     return [tensor.clone() for tensor in tensors]
 
 
@@ -67,7 +67,7 @@ def _(key: str, path: str, tensors: list[Tensor]) -> list[Tensor]:
 
 @torch.library.custom_op("dcc::repeat", mutates_args=())
 def _repeat(key: str, path: str, tensors: list[Tensor]) -> list[Tensor]:
-    """The block at `path`, called as the traced block `key` was; stands in graphs under way, and is never run."""
+    """Stands, until `write_out`, for a call of the block at `path` like that of the traced block `key`; never run."""
     raise CaptureError(f"block {path!r} was not written out in the exported graph")
 
 
@@ -85,7 +85,7 @@ BOUNDARY, REPEAT = torch.ops.dcc.boundary.default, torch.ops.dcc.repeat.default
 
 @contextmanager
 def one_of_each_kind(module: nn.Module) -> Iterator[bool]:
-    """Within the context an export of `module` traces one block of each kind; gives whether any kind repeats.
+    """Within the context an export of `module` traces one block of each kind; yields whether any kind repeats.
 
     Blocks are the children of ModuleLists and Sequentials; while the context lasts their `forward` is replaced, and
     calls in other threads go through to the real one. The exported graph needs `write_out`.
@@ -138,13 +138,13 @@ def _kind(value: Any, seen: dict[int, int]) -> Any:
 
 
 def _described(tensor: Tensor) -> Any:
-    """What the code that takes a tensor, also a fake one, may ask of it while it is traced."""
+    """What code may ask about a tensor, real or fake, while that code is traced."""
     size, stride, dtype, device = layout(tensor)
     return type(tensor), str(size), str(stride), dtype, device
 
 
 def _forward(original: Callable[..., Any], path: str, known: dict[Any, First], keys: list[str]) -> Callable[..., Any]:
-    """Stands for a block's `forward`: traced for the first block that is called so, one operator for others."""
+    """Stands for a block's `forward`: the first block called with such arguments is traced, others are one operator."""
     tracing = threading.get_ident()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -189,14 +189,14 @@ def write_out(graph: Graph, module: nn.Module, weights: Mapping[Node, Tensor]) -
     """Replaces every repeat in the graph by the nodes of its traced block, and drops the boundaries.
 
     Args:
-        graph: of an export within `one_of_each_kind(module)`.
+        graph: the graph of an export within `one_of_each_kind(module)`.
         weights: the module's parameters and buffers by the graph input that stands for them.
 
     Raises CaptureError, naming the block, where its weights are shared in another way than the traced one's.
     """
     node_of = {id(tensor): node for node, tensor in weights.items()}
     boundaries: dict[str, list[Node]] = {}
-    for node in list(graph.nodes):  # in order: what repeats inside a traced block is there when that one is copied
+    for node in list(graph.nodes):  # in order: repeats inside a traced block are written out before it is copied
         if node.target is BOUNDARY:
             boundaries.setdefault(arguments(node)[0], []).append(node)
         elif node.target is REPEAT:
@@ -211,7 +211,7 @@ def write_out(graph: Graph, module: nn.Module, weights: Mapping[Node, Tensor]) -
 
 
 def _weights(module: nn.Module, first: str, other: str, node_of: Mapping[int, Node]) -> dict[Node, Node]:
-    """The graph inputs that one block reads where the block `first` reads those of its own."""
+    """From the graph inputs that the block `first` reads to those that the block `other` reads in their place."""
     found: dict[Node, Node] = {}
     mine, others = (_tensors(module.get_submodule(path)) for path in (first, other))
     for name, tensor in mine.items():
@@ -227,9 +227,10 @@ def _tensors(block: nn.Module) -> dict[str, Tensor]:
 
 
 def _copy(repeat: Node, enter: Node, leave: Node, copies: dict[Node, Node]) -> None:
-    """Copies the nodes between two boundaries to where a repeat stands; `copies` says what stands for what.
+    """Copies the nodes between two boundaries to where a repeat stands.
 
-    Sizes made of nothing in the block serve all blocks.
+    `copies` maps nodes of the traced block to those of the repeat. Sizes that depend on nothing in the block are not
+    copied: one serves all blocks.
     """
     _, path, tensors = arguments(repeat)
     first, node = arguments(enter)[1], enter.next
@@ -247,7 +248,7 @@ def _copy(repeat: Node, enter: Node, leave: Node, copies: dict[Node, Node]) -> N
 
 
 def _replace(node: Node, values: Sequence[Node]) -> None:
-    """Puts values in the place of the items of a node that is a list of tensors."""
+    """Replaces the items of a node that is a list of tensors by `values`, and drops the node."""
     for item in list(node.users):
         item.replace_all_uses_with(values[arguments(item)[1]])
         node.graph.erase_node(item)

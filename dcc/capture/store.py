@@ -24,13 +24,13 @@ from dcc.record.fingerprint import code_hash
 from dcc.text import error_line
 from dcc.torch_internals import pytree
 
-STORED = 64  # graphs kept on disk; the oldest give way
+STORED = 64  # graphs kept on disk; the oldest are deleted
 
 
 def place(module: nn.Module, call: Call) -> Path | None:
-    """The file of the graph for this code and call in DCC_CACHE_DIR, by default beside what Inductor keeps.
+    """The file of the graph for this code and call in DCC_CACHE_DIR, by default in Inductor's own cache folder.
 
-    None where that variable is empty.
+    None where that variable is set, but empty.
     """
     folder = os.environ.get("DCC_CACHE_DIR")
     if folder == "":
@@ -43,7 +43,7 @@ def place(module: nn.Module, call: Call) -> Path | None:
 
 @functools.cache
 def _sources() -> str:
-    """Everything of dcc that shapes a captured graph: this room, the calls that it binds, and the passes it uses."""
+    """The source of all of dcc that shapes a captured graph: this folder, the calls it binds and the passes it uses."""
     here = Path(__file__).parent
     beside = [here.parent / "record" / "call.py", here.parent / "torch_internals.py"]
     files = [*here.glob("*.py"), *beside, *Path(passes.__path__[0]).glob("*.py")]
@@ -51,7 +51,7 @@ def _sources() -> str:
 
 
 def read(path: Path | None, module: nn.Module, call: Call, tests: Sequence[Call]) -> tuple[Captured | None, str]:
-    """The stored graph; None where there is none, and where it is of no use why."""
+    """The stored graph, or None and the reason why the one on disk is of no use; no reason where there is none."""
     if path is None or not path.exists():
         return None, ""
     try:
@@ -76,7 +76,7 @@ def read(path: Path | None, module: nn.Module, call: Call, tests: Sequence[Call]
 
 
 def write(path: Path | None, captured: Captured) -> str:
-    """Keeps the graph for later processes; says why where it cannot be kept, and nothing where it is."""
+    """Keeps the graph for later processes. Returns why it cannot be kept, or an empty text."""
     if path is None or captured.problem is not None:
         return ""
     try:

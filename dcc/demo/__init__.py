@@ -16,7 +16,7 @@ _SETTINGS = {
 
 
 def names() -> list[str]:
-    """The pipelines there are."""
+    """Names of the embedded pipelines."""
     return list(_SETTINGS)
 
 

@@ -50,7 +50,7 @@ BRANCH_KINDS = {
 INNERMOST = ("innermost", "self", "cross")  # without branches that hold others, as a U-Net's transformers do
 AFTER = re.compile(r"^after:(\d+)$")
 LINEAR = "linear"  # kind of the sites linear:<path>, which are found when first asked for
-PROBE = "probe"  # kind of the sites that are looked at, not cached
+PROBE = "probe"  # kind of the sites that triggers look at and that are never cached
 MIN_CUT = 0.05  # a concatenation that saves less is no skip connection worth a site
 
 
@@ -58,15 +58,14 @@ MIN_CUT = 0.05  # a concatenation that saves less is no skip connection worth a 
 class Sites:
     """The sites of one captured denoiser at one recorded shape, by name; prints as a tree.
 
-    Names: `output` (raw model output), `delta` (output minus latent), `hidden` (the value behind the last block),
+    Names: `output` (raw model output), `delta` (output minus latent), `hidden` (the value after the last block),
     `stack` (residual of all blocks), `latent` (the sampler's state) and `modulated` (what the first block's first
-    product takes), both of these only to look at,
-    `<list>` (residual of one block list), `<list>.<i>` (residual of a block), `blocks[a:b]` (residual of blocks a to
-    b-1 in execution order), `<block>/attn`, `<block>/cross`, `<block>/mlp` (branch output before its gate), `cut:k`
-    (U-Net: the deep side of the k-th skip connection, 0 the outermost), `level:k` (U-Net: the cheapest cut below
-    resolution level k), `uncond` (the output's unconditional half of a guided batch, relative to the other),
-    `encoder` (U-Net: all that the decoder takes from the encoder), `after:i` (the value behind block i, counted in
-    execution order). Groups of sites: those of GROUPS.
+    product takes), these two only for triggers to look at, `<list>` (residual of one block list), `<list>.<i>`
+    (residual of a block), `blocks[a:b]` (residual of blocks a to b-1 in execution order), `<block>/attn`,
+    `<block>/cross`, `<block>/mlp` (branch output before its gate), `cut:k` (U-Net: the deep side of the k-th skip
+    connection, 0 the outermost), `level:k` (U-Net: the cheapest cut below resolution level k), `uncond` (the output's
+    unconditional half of a guided batch, relative to the other), `encoder` (U-Net: all that the decoder takes from the
+    encoder), `after:i` (the value after block i, counted in execution order). Groups of sites: those of GROUPS.
     """
 
     captured: Captured
@@ -75,7 +74,7 @@ class Sites:
     flops: int = 0
     costs: dict[str, Cost] = field(default_factory=dict)
     named: dict[str, Site] = field(default_factory=dict)
-    linears: dict[str, Site] = field(default_factory=dict)  # not among the named: there are too many to list
+    linears: dict[str, Site] = field(default_factory=dict)  # not in `named`: there are too many to list
     order: list[Block] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Site]:
@@ -162,7 +161,7 @@ class Sites:
         return Dataflow(self.captured.graph_module)
 
     def _branches(self) -> tuple[Site, ...]:
-        """All branches; not what lies inside them, which is named when first asked for."""
+        """All branches, without the attention outputs inside them, which are named when first asked for."""
         return tuple(s for s in self if "/" in s.name and s.kind != "heads")
 
     def share(self, site: Site) -> float:
@@ -196,7 +195,7 @@ class Sites:
         return self.linears
 
     def _range(self, name: str, start: int, stop: int) -> Site | None:
-        """The residual of blocks start..stop-1; None where the range is empty or too long."""
+        """The residual of blocks start..stop-1, None where they give no value. Raises SiteError for no such range."""
         if not 0 <= start < stop <= len(self.order):
             raise SiteError(f"{name}: this denoiser has blocks 0 to {len(self.order)}; write blocks[a:b] with a < b")
         return _Finder(self).residual(name, self.order[start:stop])
@@ -256,7 +255,7 @@ class _Finder:
         return max(self.sites.captured.inputs.items(), key=likeness)[1]
 
     def latent(self, outputs: Sequence[Node]) -> None:
-        """The sampler's state itself, and the output relative to it where their shapes agree."""
+        """Adds the sampler's state itself, the output relative to it where their shapes agree, and `uncond`."""
         self.add("latent", PROBE, [Port(self.sample)])
         if len(outputs) == 1 and self.costs[outputs[0].name].shape == self.costs[self.sample].shape:
             self.add("delta", "residual", [Port(outputs[0].name, self.sample)])
@@ -271,7 +270,7 @@ class _Finder:
             self.add_site(Site("uncond", GUIDANCE, (Port(outputs[0].name),), (shape,), size.bytes // 2, half))
 
     def modulated(self) -> None:
-        """What the first block's first matrix product or convolution over the sample's tokens or pixels takes."""
+        """Adds what the first block's first matrix product or convolution over the sample's tokens or pixels takes."""
         inside, moved = self.sites.order[0].nodes, self.flow.depends_on([self.sample])
         for node in self.graph_module.graph.nodes:
             if node.name in inside and op_name(node) in PRODUCTS and node.all_input_nodes[0].name in moved:
@@ -279,7 +278,7 @@ class _Finder:
                 return
 
     def hidden(self) -> None:
-        """The value behind the last block if all work flows through it, else the narrowest late value it passes."""
+        """Adds the value after the last block if all data flows through it, else the narrowest late value it passes."""
         chain = self.flow.dominators(self.sample)
         inside = self.sites.order[-1].nodes if self.sites.order else frozenset()
 
@@ -310,7 +309,7 @@ class _Finder:
         skips = [newer for newer, _ in pairs if self.saved([Port(newer)]) >= MIN_CUT * self.sites.flops]
         for index, name in enumerate(skips):
             self.add(f"cut:{index}", "cut", [Port(name)])
-        if len(pairs) > 1:  # the last pair is the innermost: its newer side is what the middle gives
+        if len(pairs) > 1:  # the last pair is the innermost: its newer side is the output of the middle blocks
             taken = [older for _, older in pairs] + [pairs[-1][0]]
             self.add("encoder", "cut", [Port(name) for name in dict.fromkeys(taken)])
         all_levels = levels(self.graph_module, self.costs)
@@ -329,12 +328,12 @@ class _Finder:
         return self.site(name, "residual" if any(port.base for port in ports) else "value", ports) if ports else None
 
     def value_behind(self, name: str, block: Block) -> Site:
-        """What leaves a block, as it is."""
+        """The site of the values that leave a block, kept as they are and not as a residual."""
         leaving = block_analysis.leaving(self.nodes, set(block.nodes), self.moving)
         return self.site(name, "value", [Port(node.name) for node in leaving])
 
     def branches(self, block: Block) -> None:
-        """Branches of the block and of the numbered blocks nested in it, named by kind in execution order."""
+        """Adds the branches of the block and of the numbered blocks nested in it, named by kind in execution order."""
         for unit in (b for b in self.numbered if block_analysis.is_inside(b.path, block.path)):
             inside = set(unit.nodes)
             stop = {n.name for n in block_analysis.entering(self.nodes, inside) if n.name in self.moving}
@@ -352,7 +351,7 @@ class _Finder:
                 self.add(f"{unit.path}/{label}", branch.kind, [Port(branch.value.name)])
 
     def linears(self) -> list[Site]:
-        """Outputs of the linear layers inside the blocks, over tokens or pixels that move with the sample."""
+        """Sites of the outputs of linear layers inside the blocks, over tokens or pixels that move with the sample."""
         inside = frozenset().union(*(block.nodes for block in self.sites.order))
         moved = self.flow.depends_on([self.sample])
         found: dict[str, Node] = {}
@@ -364,7 +363,7 @@ class _Finder:
         return [self.site(f"{LINEAR}:{path}", LINEAR, [Port(node.name)]) for path, node in found.items()]
 
     def heads(self, name: str) -> Site | None:
-        """What the attention gives to the projection that its branch shares with an MLP; found when first asked for."""
+        """The site of what attention gives to the projection that it shares with an MLP; None where it shares none."""
         block = next((b for b in self.numbered if b.path == name.removesuffix("/heads")), None)
         if block is None or f"{block.path}/attn+mlp" not in self.sites:
             return None

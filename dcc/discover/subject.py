@@ -22,8 +22,8 @@ from dcc.record.target import Target, recording
 class Subject:
     """What is compiled, planned or calibrated: where the denoiser runs, what a run showed, its graph and its sites.
 
-    `variants.cost.planned` makes plans for it, `serve.denoiser.denoiser` the denoiser that runs one, and
-    `measure.calibrate.measure` its profile.
+    `variants.cost.planned` makes plans for it, `serve.denoiser.CompiledDenoiser` runs one, and
+    `measure.calibrate.measure` makes its profile.
     """
 
     target: Target
@@ -42,7 +42,7 @@ class Subject:
         say("capturing the denoiser")
         captured = capture(target.module, wide, run.first)
 
-        # with what each value costs and saves
+        # every value that may be cached, with what it costs and saves
         return cls(target, run, captured, find_sites(captured, run.first, run))
 
     @property
@@ -68,7 +68,8 @@ class Subject:
 def record(target: Target, prompts: Sequence[Any]) -> tuple[Recording, Call]:
     """One whole run of the first prompt, and the first call of a batch of two, which keeps the batch symbolic.
 
-    Where the loop takes no batch, the two are the same, and another batch size will be captured when it comes.
+    Where the loop takes no batch, that call is the run's own first one, and another batch size is captured when it
+    comes.
     """
     with recording(target) as recorder:
         target.sample(prompts[:1])

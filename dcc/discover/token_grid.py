@@ -10,7 +10,7 @@ from torch import Tensor
 from dcc.discover.sites import Sites
 from dcc.errors import SiteError
 
-AXES = 4  # at most, of an input that gives positions of tokens
+AXES = 4  # the most axes of an input that gives positions of tokens
 
 
 def token_grid(sites: Sites, tokens: int) -> tuple[int, int] | None:

@@ -1,1 +1,1 @@
-"""From a graph to a callable for fixed shapes."""
+"""Lowers variants to programs: callables for fixed shapes."""

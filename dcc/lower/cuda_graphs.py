@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-MAX_RECORDINGS = 4  # of one program; weights that move more often (offloading) are not worth a graph
+MAX_RECORDINGS = 4  # per program; weights that move more often (offloading) are not worth a graph
 
 
 class Pool:
@@ -26,17 +26,17 @@ class Pool:
         self.device, self.done = device, torch.cuda.Event()
 
     def enter(self) -> None:
-        """Makes the current stream wait for what another one still does in this memory."""
+        """Makes the current CUDA stream wait for what another one still does in this memory."""
         torch.cuda.current_stream(self.device).wait_event(self.done)
 
     def leave(self) -> None:
-        """Marks the point behind which another stream may use this memory."""
+        """Marks the point after which another CUDA stream may use this memory."""
         self.done.record(torch.cuda.current_stream(self.device))
 
     def record(
         self, call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
     ) -> tuple[Callable[[], None], list[Tensor]]:
-        """What replays `call(*inputs)`, and the tensors that it then fills."""
+        """Records `call(*inputs)`; returns what replays it, and the tensors that a replay fills."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             call(*inputs)  # kernels are loaded at their first launch, which cannot be recorded
@@ -54,7 +54,7 @@ def pool_of(device: torch.device) -> Pool:
 class Graphed:
     """A lowered call that replays a CUDA graph; recorded at its first call and again where a weight has moved.
 
-    `problem` says why it no longer does.
+    `problem` says why it no longer replays one.
     """
 
     def __init__(self, call: Callable[..., Sequence[Tensor]], pool: Pool) -> None:

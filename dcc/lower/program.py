@@ -1,9 +1,9 @@
 """Lowers the graph of one variant to a callable for fixed shapes.
 
-The last passes fix its sizes and outline repeated blocks, and the graph goes straight to Inductor. Each lowered
-variant is compared once with its eager graph, on the first real inputs it gets; where they disagree the graph is
-lowered without outlining, then not at all, and the reason is kept. Modes that ask for CUDA graphs get dcc's own
-(cuda_graphs.py), compared once more: Inductor's would copy the weights, which are inputs.
+The last passes fix its sizes and outline repeated blocks, and the graph goes straight to Inductor. Each program is
+compared once with its eager graph, on the first real inputs it gets; where they disagree the graph is lowered without
+outlining, then not at all, and the reason is kept. Modes that ask for CUDA graphs get dcc's own (cuda_graphs.py), which
+are compared once more: Inductor's would copy the weights, which are inputs.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Program:
     backend: str
     call: Callable[..., Sequence[Tensor]]
     seconds: float = 0.0
-    problem: str | None = None  # of the lowering
-    bodies: int = 0  # compiled once and called for several blocks
+    problem: str | None = None  # what went wrong when it was lowered
+    bodies: int = 0  # how many bodies are compiled once and called for several blocks
 
     @property
     def problems(self) -> list[str]:
-        """What it does otherwise than asked, when it was lowered and since."""
+        """What it does other than asked, found when it was lowered and in calls since."""
         return [said for said in (self.problem, getattr(self.call, "problem", None)) if said]
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
@@ -73,7 +73,7 @@ def check_backend(backend: str, mode: str = "default") -> None:
 
 @functools.cache
 def start_inductor() -> threading.Thread:
-    """Loads Inductor and starts what it does once a process before it makes code for a CPU, beside other work.
+    """Loads Inductor and starts, in a thread, what it does once per process before it makes code for a CPU.
 
     It builds and loads test programs to find out what the processor can do: a second, or eight with an empty cache.
     """
@@ -91,7 +91,7 @@ def start_inductor() -> threading.Thread:
 
 
 class Programs(dict[Any, Program]):
-    """The programs of one compiled denoiser, by variant and shapes; made when first wanted. Thread-safe."""
+    """The programs of one compiled denoiser, by variant and shapes, lowered when first asked for. Thread-safe."""
 
     def __init__(self, backend: str, mode: str = "default", observer: Observer | None = None) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def lower(
     mode: str = "default",
     observer: Observer | None = None,
 ) -> Program:
-    """A program for inputs like `values`, compared on them; a safer lowering, with the reason, where it is wrong."""
+    """A program for inputs like `values`, compared with eager on them; where that is wrong, a safer one and why."""
     check_backend(backend, mode)
     if backend == "eager":
         return Program(variant, "eager", variant.graph_module)
@@ -132,7 +132,7 @@ def lower(
     for outline in (True, False):
         try:
             graph_module, fakes, shared = prepared or _prepared(variant, values, outline, observer or Observer())
-            if outline and not shared:  # nothing to outline: whole at the next turn
+            if outline and not shared:  # nothing to outline: lowered whole at the next turn
                 prepared = graph_module, fakes, 0
                 continue
             call = _inductor(graph_module, fakes, mode)
@@ -179,7 +179,7 @@ def _inductor(graph_module: GraphModule, fakes: Sequence[Tensor], mode: str) -> 
 def _graphed(
     call: Callable[..., Sequence[Tensor]], values: Sequence[Tensor], expected: Sequence[Tensor]
 ) -> tuple[Callable[..., Sequence[Tensor]], str | None]:
-    """The call as a CUDA graph, or as it is and why."""
+    """The call as a CUDA graph; or the call as it is, and the reason why."""
     problem = cuda_graphs.refusal(values)
     if problem is not None:
         return call, problem

@@ -1,7 +1,7 @@
 """Calibration: runs the prompts once through an instrumented graph and keeps how every site's values move.
 
 The instrumented graph is the captured denoiser with small extra outputs (passes/insert_sketches.py); the pipeline runs
-as ever. What is kept per prompt is one Gram matrix a site and stream, so memory grows with neither prompts nor pixels.
+as ever. Every prompt is added to one Gram matrix per site and stream, so memory grows with neither prompts nor pixels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dcc.record.fingerprint import weights_hash
 from dcc.record.recorder import Recording
 from dcc.record.target import Samples, Target, call_parameters, check_prompts, installed, is_pipeline, make_target
 
-MARK, VERSION = "dcc_calibration", 1  # of checkpoints
+MARK, VERSION = "dcc_calibration", 1  # mark and version of checkpoints
 SUMS = ("gram", "moved", "size")
 PROBE_BUDGET = 0.1  # whole runs spent on sensitivity, per prompt
 
@@ -48,11 +48,11 @@ def calibrate(
     """Measures how the features of a pipeline's or module's denoiser move from step to step.
 
     Args:
-        model: a DiffusionPipeline or an nn.Module, not compiled by dcc; it is as it was afterwards.
+        model: a DiffusionPipeline or an nn.Module, not compiled by dcc; it is left as it was.
         prompts: prompts like those to be served; run one after the other, prompt i with the noise of seed + i.
         sample: for a bare module: sample(net, prompt) runs one full sampling loop and returns the final sample.
         checkpoint: a file that is rewritten after every prompt, and resumed where it exists.
-        seed: of the noise.
+        seed: seed of the first prompt's noise.
         progress: called with one line before each stage and prompt.
         pipeline_kwargs: arguments of the pipeline's call (num_inference_steps, height, ...) as they will be served.
 
@@ -113,7 +113,7 @@ def measure(
 
 
 class Accumulated:
-    """The sums of a calibration under way; what a checkpoint holds. `identity` is what a resumed one must share."""
+    """The sums of a calibration under way, which a checkpoint holds; a resumed one must have the same `identity`."""
 
     def __init__(self, identity: dict[str, Any]) -> None:
         self.identity = identity
@@ -202,8 +202,8 @@ class Accumulated:
 def gram_matrix(rows: Tensor) -> Tensor:
     """Inner products [S, S] float64, on the CPU, of rows [S, n] float32.
 
-    Sums up the products of step-to-step differences: forecasts live on small differences of large values, whose
-    products float32 holds where those of the values themselves would drown them.
+    Sums up the products of step-to-step differences: forecasts depend on small differences of large values, and float32
+    holds products of the differences, which would drown in products of the values themselves.
     """
     moves = torch.cat([rows[:1], rows.diff(dim=0)])
     gram = (moves @ moves.T).double().cpu().cumsum(0).cumsum(1)
@@ -260,7 +260,7 @@ def _ratio(moved: Tensor, run: Run) -> float:
 def _identity(
     subject: Subject, sites: Sequence[str], prompts: Sequence[Any], seed: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What decides the result of a calibration, as a JSON file gives it back."""
+    """What decides the result of a calibration, in the form that a JSON file gives back."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(prompt.cpu().numpy().tobytes() if isinstance(prompt, Tensor) else repr(prompt).encode())

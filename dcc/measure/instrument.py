@@ -27,7 +27,7 @@ from dcc.variants.observe import Observer
 from dcc.variants.variant import variant
 
 FULL = (1,)
-NOISE = 0.05  # of the root mean square of a disturbed output
+NOISE = 0.05  # the noise, as a share of the root mean square of the disturbed output
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Instrument:
         self.tables = Tables()
 
     def denoiser(self) -> CompiledDenoiser:
-        """The denoiser that it runs in."""
+        """A CompiledDenoiser whose calls this instrument serves."""
         plan = planned(
             self.subject,
             sites=["output"],
@@ -109,7 +109,7 @@ class Instrument:
         return CompiledDenoiser(self.subject, plan, runner=self)
 
     def build(self, sites: Sites) -> Family:
-        """The captured graph with sketches. Raises ProfileError where it lacks a site of the first captured one."""
+        """The captured graph with sketches. Raises ProfileError where it lacks a site of the first captured graph."""
         found = {site.name: site for site in floating(sites)}
         lacking = [name for name in self.site_names if name not in found]
         if lacking:
@@ -121,7 +121,7 @@ class Instrument:
         return Family(sites.captured, sites, (chosen,), {FULL: sketched})
 
     def warm(self, family: Family, call: Call, say: Callable[[str], None]) -> None:
-        """Nothing: its graphs run eagerly."""
+        """Does nothing: the instrumented graphs run eagerly."""
 
     def serve(self, family: Family, call: Call, stream: Stream, step: float) -> list[Tensor]:
         """Runs one call and keeps its sketches, or, in a disturbed run, replays or disturbs its outputs.
@@ -152,14 +152,14 @@ class Instrument:
     def _take(self, family: Family, label: str, step: int, extra: Sequence[Tensor]) -> None:
         if label not in self.current.taken:
             chosen = family.selectors[0]
-            # the memory of the last run, which was read by now
+            # the memory of the last run, whose sketches have been read by now
             taken = self.spare.pop(label, None) or Taken(chosen, groups(family.captured.graph_module, chosen))
             taken.seen.clear()
             self.current.taken[label] = taken
         self.current.taken[label].take(extra, step, self.subject.steps)
 
     def start(self, run: Run) -> None:
-        """Makes `run` the current one, with the memory of the last, which must have been read."""
+        """Makes `run` the current one. It takes over the memory of the last run, which must have been read."""
         self.spare, self.current = self.current.taken or self.spare, run
 
     def _disturb(self, outputs: list[Tensor], step: int) -> list[Tensor]:
@@ -189,7 +189,7 @@ class Instrument:
 
 
 def floating(sites: Sites) -> list[Site]:
-    """The sites whose values are all floating point numbers; not `uncond`, half of a batch beside whole ones."""
+    """The sites whose values are all floating point numbers, except `uncond`, which has half the batch of others."""
     nodes = nodes_by_name(sites.captured.graph_module)
     return [
         site

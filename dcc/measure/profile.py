@@ -28,7 +28,7 @@ TENSORS = ("gram", "neighbours", "sensitivity")
 
 @dataclass(frozen=True)
 class SiteCost:
-    """One site at the calibrated shapes: what a forecast of it saves, FLOPs and seconds a call, and anchor bytes."""
+    """One site at the calibrated shapes: FLOPs and seconds that a forecast saves per call, and bytes of an anchor."""
 
     name: str
     kind: str
@@ -78,7 +78,7 @@ class Profile:
 
     @property
     def steps(self) -> int:
-        """S: the number of steps."""
+        """The number of steps, S."""
         return len(self.levels)
 
     def cost(self, site: str) -> SiteCost:
@@ -86,7 +86,7 @@ class Profile:
         return self.costs[self._site(site)]
 
     def matrix(self, site: str, stream: str | None = None) -> Tensor:
-        """Gram matrix [S, S] float64 of a site; of the first stream unless named. Raises ProfileError."""
+        """Gram matrix [S, S] float64 of a site, in the first stream unless one is named. Raises ProfileError."""
         return self.gram[self._stream(stream), self._site(site)]
 
     def similarity(self, site: str, stream: str | None = None) -> Tensor:
@@ -109,7 +109,7 @@ class Profile:
     ) -> float:
         """Relative error of the forecast sum_j coefficients[j] * value(anchors[j]) of the site's value at `step`.
 
-        ||forecast - value|| / ||value||, root mean square over prompts, were the anchors true values. Infinite where
+        ||forecast - value|| / ||value||, root mean square over prompts, if the anchors are true values. Infinite where
         the value is zero and the forecast is not. Raises ProfileError for steps or lengths that do not fit.
         """
         if len(anchors) != len(coefficients):
@@ -284,7 +284,7 @@ def _fields(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unpacked(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file, Gram matrices whole again."""
+    """The tensors of a file, with whole Gram matrices made of their stored upper halves."""
     for name in TENSORS:
         if name not in tensors:
             raise ProfileError(f"field {name!r} is missing")

@@ -21,8 +21,8 @@ DARK, GREY, ACCENT = "#22303c", "#b8c0c8", "#c2410c"
 class Curves:
     """What is drawn of a run of S steps.
 
-    `similarity` [S, S] are cosines between steps of the site `default`; `changes` [S] by site the relative L1 change
-    since the step before; `sensitivity` [S] relative to the mean, measured at the steps `probed`.
+    `similarity` [S, S] holds cosines between steps of the site `default`; `changes` [S], by site, the relative L1
+    change since the step before; `sensitivity` [S] is relative to its mean, and was measured at the steps `probed`.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""True values of one site in one uncached run, for policies that look at features themselves."""
+"""True values of one site in one uncached run, for policies that read features themselves."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""How a plan says that a site is forecast other than by one combination of whole anchors.
+"""Forms: how a plan says that a site is forecast other than by one combination of whole anchors.
 
 In a file a form is {} for none, or an object of one key, its kind, whose value is an object of its fields:
 - {"bands": {"transform": "dct" or "fft", "cutoff": 0.1, "grid": [rows, columns] or null, "predictors": [low, high]}}
 - {"clusters": {"of_channel": [0, 2, 0, ...], "predictors": [one per cluster]}}
-- {"tokens": {"select": ..., "ratio": ..., ...}}, a share of whose tokens is computed afresh (variants/refresh.py)
-- {"corrector": {"kind": ..., ...}}, kept relative to a cheap linear map (variants/correctors.py)
-`predictors` each have a row of coefficients, and a plan keeps a site's rows one after another.
+- {"tokens": {"select": ..., "ratio": ..., ...}}: a share of the tokens is computed afresh (variants/refresh.py)
+- {"corrector": {"kind": ..., ...}}: the site is kept relative to a cheap linear map (variants/correctors.py)
+Each of the `predictors` makes one row of coefficients, and a plan keeps a site's rows one after another.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Form:
 
     @property
     def predictors(self) -> tuple[Predictor, ...]:
-        """What makes each row of coefficients; none where the site's own predictor makes the only one."""
+        """The predictor of each row of coefficients; none where the site's own predictor makes the only row."""
         return ()
 
     @property
     def rows(self) -> int:
-        """Rows of coefficients."""
+        """How many rows of coefficients it takes."""
         return len(self.predictors) or 1
 
     def fields(self) -> dict[str, Any]:
-        """Its object in a file."""
+        """The form's object in a file."""
         raise NotImplementedError
 
     @classmethod
@@ -70,15 +70,15 @@ class Form:
 class TokensForm(Form):
     """A share of a site's tokens is computed afresh at some steps, for which a schedule holds Decision.REFRESH.
 
-    `select` says how they are chosen, `ratio` the share of the site's tokens, one or one per site of the group (None
-    where the selector knows), `options` are the selector's numbers by name (SELECTORS).
+    `select` says how they are chosen; `ratio` is the share of the site's tokens, one number or one per site of the
+    group (None where `select` needs none); `options` are the numbers of that way to choose, by name (SELECTORS).
     """
 
     kind: ClassVar[str] = "tokens"
     select: str
     ratio: float | tuple[float, ...] | None = None
     options: tuple[tuple[str, float], ...] = ()
-    order: tuple[str, ...] = ()  # of the fields as they were given
+    order: tuple[str, ...] = ()  # the order in which the fields were given
 
     def fields(self) -> dict[str, Any]:
         ratio = list(self.ratio) if isinstance(self.ratio, tuple) else self.ratio
@@ -87,7 +87,7 @@ class TokensForm(Form):
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """The shares, one or one per site; 1 where the selector knows."""
+        """The shares, one or one per site; 1 where `select` needs none."""
         return self.ratio if isinstance(self.ratio, tuple) else (1.0 if self.ratio is None else self.ratio,)
 
     @classmethod
@@ -124,8 +124,8 @@ NO_RATIO = ("cluster",)  # one token per cluster
 class CorrectorForm(Form):
     """A site is kept relative to a cheap linear map of a live value (variants/correctors.py).
 
-    Of `map` "low_rank", the layer's own weight at `rank`, its channels weighed by the safetensors file `channels` if
-    one is named; of `map` "linear", the tensors of the file `weights`.
+    With `map` "low_rank" it is the layer's own weight at `rank`, its channels weighed by the safetensors file
+    `channels` if one is named; with `map` "linear" it is made of the tensors of the file `weights`.
     """
 
     kind: ClassVar[str] = "corrector"
@@ -163,7 +163,7 @@ CORRECTORS = {"low_rank": ("kind", "rank", "channels"), "linear": ("kind", "weig
 
 @dataclass(frozen=True)
 class BandsForm(Form):
-    """Low frequencies of one combination, high ones of another; `parts` are the predictors of the two.
+    """Low frequencies from one combination, high ones from another; `parts` are the predictors of the two.
 
     `cutoff` is a share of the highest frequency, `grid` the rows and columns of tokens, None for pixels or a line.
     """
@@ -205,7 +205,7 @@ class BandsForm(Form):
 
 @dataclass(frozen=True)
 class ClustersForm(Form):
-    """A row of coefficients for every cluster of channels; `of_channel` names each channel's, `parts` has one each."""
+    """One row of coefficients per cluster of channels: `of_channel` is a channel's cluster, `parts` the predictors."""
 
     kind: ClassVar[str] = "clusters"
     of_channel: tuple[int, ...]
@@ -238,9 +238,9 @@ class ClustersForm(Form):
 
 
 def flat(form: Form | None, own: Any, step: int, anchors: Sequence[int]) -> tuple[float, ...]:
-    """Coefficients of all rows for a step, one row after another, each as long as the longest.
+    """Coefficients of all rows of a site at a step, one row after another, each filled up to the longest with zeros.
 
-    `own` is the predictor of a site whose form brings none.
+    `own` is the site's own predictor, used where its form brings none.
     """
     predictors = (form.predictors if form else ()) or (own,)
     rows = [list(predictor.coefficients(step, anchors)) for predictor in predictors]

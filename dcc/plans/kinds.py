@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def kinds_of(base: type[T]) -> dict[str, type[T]]:
-    """Subclasses by kind, those of subclasses too; a new class is in as soon as it is defined."""
+    """Subclasses by kind, including those of subclasses; a new class is found as soon as it is defined."""
     found: dict[str, type[T]] = {}
     for cls in base.__subclasses__():
         if "kind" in vars(cls):

@@ -1,8 +1,8 @@
 """A plan on other noise levels than it was made for: another step count, a shifted schedule, another resolution.
 
 A position is a fractional step of the plan, interpolated between its levels. An anchor is computed at the call nearest
-to its level. What the plan adds to linear extrapolation is written in divided differences of its anchors, which mean
-the same wherever anchors stand, and added to the linear extrapolation of this run's own.
+to its level. What the plan's coefficients add to linear extrapolation is expressed in divided differences of its
+anchors, which mean the same wherever anchors are, and is added to the linear extrapolation of this run's anchors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REACH = 1.0  # steps beyond either end of the plan's levels that are still serve
 def position(levels: Sequence[float], value: float) -> float | None:
     """The fractional step at which the noise level is `value`; None where that is more than a step outside the plan.
 
-    `levels` fall or rise strictly, up to repeats (samplers of two evaluations a step), of which the first counts.
+    `levels` fall or rise strictly, up to repeats (samplers of two evaluations per step), of which the first counts.
     """
     steps = [0, *(s for s in range(1, len(levels)) if levels[s] != levels[s - 1])]
     if len(steps) < 2:
@@ -44,8 +44,9 @@ def position(levels: Sequence[float], value: float) -> float | None:
 def due(plan: Plan, selector: int, served: int, last: float | None, now: float) -> int:
     """The latest step of the plan whose anchor has been computed once the call at `now` is made.
 
-    A selector is computed where this is more than `served`, the value after the call before (-1 at first). `last` is
-    the position of that call: each anchor goes to the nearest call, strides being alike; the first call computes.
+    A selector is computed where this is more than `served`, which is what the call before gave (-1 at first). `last` is
+    the position of that call, None at the first call, which computes. Each anchor goes to the nearest call, if the next
+    stride is as long as this one.
     """
     computed = [step for step, row in enumerate(plan.schedule) if row[selector] == Decision.COMPUTE]
     if last is None:
@@ -55,18 +56,18 @@ def due(plan: Plan, selector: int, served: int, last: float | None, now: float) 
 
 
 def ends(plan: Plan, last: float, now: float) -> bool:
-    """Whether a run whose last calls are at these positions has none left: the next would be past the lowest level."""
+    """Whether a run whose last two calls are at these positions is over: the next would be past the plan's levels."""
     return now + 1.5 * (now - last) > plan.steps - 1 + REACH
 
 
 def coefficients(plan: Plan, selector: int, now: float, anchors: Sequence[float]) -> list[float]:
-    """Weights of the anchors that stand at `anchors` (newest first) for a forecast at `now`.
+    """Weights of the anchors at the positions `anchors` (newest first) for a forecast at `now`.
 
-    Linear extrapolation from where the anchors of this run really stand, plus what the plan's own weights add to the
-    linear extrapolation of its anchors at this noise level, as multiples of their divided differences (of which a
-    Newton polynomial is made too). Measured against adding those weights as they are, which costs up to 4.6 dB where
-    anchors move, against scaling the multiples to the length of the gap, and against polynomials alone. A form of
-    several parts has the weights of each, one behind another.
+    They are linear extrapolation from where the anchors of this run really are, plus what the plan's own weights add to
+    the linear extrapolation of its anchors at this noise level, as multiples of their divided differences (of which a
+    Newton polynomial is made too). Chosen by measurement over adding those weights as they are, which costs up to 4.6
+    dB where anchors move, over scaling the multiples to the length of the gap, and over polynomials alone. A form of
+    several parts has the weights of each, one after another.
     """
     parts = range(plan.parts(selector))
     return [weight for part in parts for weight in _coefficients(plan, selector, part, now, anchors)]
@@ -78,7 +79,7 @@ def _coefficients(plan: Plan, selector: int, part: int, now: float, anchors: Seq
     gap = range(begin + 1, min((s for s in computed if s > begin), default=plan.steps))
     count = min(len(anchors), plan.anchors)
     weights = newton_through(now, anchors[:count], LINE)
-    if gap:  # else neighbouring anchors in the plan: this run steps more finely
+    if gap:  # else the plan has no forecast between these anchors: this run takes finer steps
         low, high = (min(max(step, gap[0]), gap[-1]) for step in (math.floor(now), math.ceil(now)))
         share = min(max(now - low, 0.0), 1.0) if high > low else 0.0
         added = (1 - share) * _added(plan, selector, part, low) + share * _added(plan, selector, part, high)
@@ -88,7 +89,7 @@ def _coefficients(plan: Plan, selector: int, part: int, now: float, anchors: Seq
 
 
 def _added(plan: Plan, selector: int, part: int, step: int) -> np.ndarray:
-    """What the plan's weights at a forecast step add to linear extrapolation: factors of divided differences."""
+    """What the plan's weights at a forecast step add to linear extrapolation, as factors of divided differences."""
     own = plan.anchor_steps(step, selector)
     added = -newton_through(step, own, LINE)
     values = plan.weights(step, selector)[part]

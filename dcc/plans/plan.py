@@ -29,12 +29,14 @@ class Plan:
     `schedule[step][k]` is the Decision for the sites of selector `sites[k]` at that step; where they are not computed,
     `coefficients[step][k]` weighs their anchors, newest first (empty at computed steps). `levels` are the timestep
     values the denoiser is called with, in order. FLOPs are those of one whole run of one stream.
-    Where a `trigger` decides at run time, COMPUTE is a step that computes whatever it says, coefficients are empty, and
-    `predictors` (one per site) make them when the anchors are known. `forms[k]` says how site k is forecast other than
-    by one combination of whole anchors (forms.py), None where plain; it is empty where all are plain. Forms, triggers
-    and predictors may be given as a file holds them.
+
+    Where a `trigger` decides at run time, COMPUTE marks a step that computes whatever the trigger says, coefficients
+    are empty, and `predictors` (one per selector) make them when the anchors are known. `forms[k]` says how the sites
+    of selector k are forecast where that is not one combination of whole anchors (forms.py), and is None where it is;
+    `forms` is empty where all are None. Forms, triggers and predictors may be given as a file holds them.
+
     `measured` is what the solver saw on prompts it had not fitted to, and `limits` the forecast error at each anchor
-    above which a prompt is harder than those it was made for (guard.py); both are empty for a policy.
+    above which a prompt is harder than those the plan was made for (serve/guard.py); both are empty for a policy.
     """
 
     model: str
@@ -77,9 +79,9 @@ class Plan:
 
     @property
     def rows(self) -> list[tuple[int, ...]]:
-        """The distinct rows of the schedule, the all-compute row first: one compiled variant each.
+        """The distinct rows of the schedule, the all-compute row first; each becomes one variant.
 
-        Only that one under a trigger, which makes rows as it decides.
+        Under a trigger it is that one only: the trigger makes the other rows as it decides.
         """
         return list(self._rows)
 
@@ -105,7 +107,7 @@ class Plan:
         return self.flops_uncached / self.flops if self.flops else math.inf
 
     def parts(self, selector: int) -> int:
-        """How many forecasts the selector's form makes one of: rows of coefficients, one after another."""
+        """How many rows of coefficients, one after another, the selector's form makes one forecast of."""
         form = self.form(selector)
         return form.rows if form else 1
 
@@ -114,7 +116,7 @@ class Plan:
         return self.forms[selector] if self.forms else None
 
     def weights(self, step: int, selector: int) -> list[tuple[float, ...]]:
-        """The coefficients of a step by rows, each newest anchor first; empty rows where the step computes."""
+        """The coefficients of a step as its form's rows, newest anchor first; empty rows where the step computes."""
         return split(self.coefficients[step][selector], self.parts(selector))
 
     def anchor_steps(self, step: int, selector: int) -> list[int]:
@@ -208,10 +210,10 @@ def make_plan(
 ) -> Plan:
     """A plan whose coefficients follow from the schedule and one predictor per selector; with a trigger, at run time.
 
-    `forms` are Forms, or as a file holds them. The costs are those of no graph in particular, 0: see
-    `dcc.variants.cost.planned`, which makes and prices a plan for one denoiser.
+    `forms` are Forms, or objects as a file holds them. The costs are left at 0, because no graph is known here:
+    `dcc.variants.cost.planned` makes and prices a plan for one denoiser.
 
-    Raises PlanError where a site is forecast before it was ever computed, and for a form that is none.
+    Raises PlanError where a site is forecast before it was ever computed, and for an object that is no form.
     """
     coefficients = []
     read = _forms_of(forms)
@@ -242,7 +244,7 @@ def make_plan(
 def with_costs(plan: Plan, flops_of_row: dict[tuple[int, ...], int], anchor_bytes: int) -> Plan:
     """The plan with its expected cost: FLOPs of a call by row, and the bytes of one anchor of all sites."""
     full = flops_of_row[(1,) * len(plan.sites)]
-    if plan.trigger:  # known when it has run
+    if plan.trigger:  # what it saves is known only after a run
         flops_of_row = dict.fromkeys(plan.schedule, full)
     forecasts = not all(is_full(row) for row in plan.schedule)
     return replace(
@@ -269,7 +271,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _read_values(plan: Plan) -> None:
-    """Forms, triggers and predictors that were given as a file holds them become what they are."""
+    """Replaces forms, triggers and predictors that were given as a file holds them by the values they stand for."""
     try:
         trigger = Trigger.from_json(plan.trigger) if plan.trigger else None
         predictors = plan.predictors
@@ -321,7 +323,7 @@ def _check(plan: Plan) -> None:
 
 
 def _check_table(plan: Plan, require: Callable[[bool, str, str], None]) -> None:
-    """The parts of a plan whose size depends on its steps and sites."""
+    """Checks the parts of a plan whose size depends on its steps and sites."""
     steps, width = len(plan.levels), len(plan.sites)
     for name in ("schedule", "coefficients"):
         table = getattr(plan, name)

@@ -1,7 +1,7 @@
 """Training-free predictors: rules that turn the steps of anchors into coefficients.
 
-Every rule returns a vector a with forecast(step) = sum_j a[j] * A_j, where A_0 is the newest anchor (DESIGN contract
-3). Positions are step indices; all arithmetic is float64 on the host.
+Every rule returns a vector a with forecast(step) = sum_j a[j] * A_j, where A_0 is the newest anchor. Positions are step
+indices; all arithmetic is float64 on the host.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def orders_of(name: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A rule, its order and its further numbers; uses at most `anchors` past values, fewer while fewer exist."""
+    """A rule, its order and its other numbers; it uses at most `anchors` past values, fewer while fewer exist."""
 
     name: str
     order: int = 0
@@ -125,11 +125,11 @@ class Table:
 
     @property
     def anchors(self) -> int:
-        """The most that any step uses."""
+        """The largest number of anchors that any step uses."""
         return max(map(len, self.values), default=1) or 1
 
     def coefficients(self, step: int, anchors: Sequence[float]) -> list[float]:
-        """The step's own, or the newest anchor as it is where fewer anchors exist than it needs."""
+        """The step's own coefficients, or a copy of the newest anchor where fewer anchors exist than they need."""
         own = list(self.values[step])
         return own if 0 < len(own) <= len(anchors) else [1.0]
 
@@ -263,7 +263,7 @@ def adams_moulton(step: float, anchors: Sequence[float]) -> np.ndarray:
 
 @rule(0, 0)
 def zero(step: float, anchors: Sequence[float]) -> np.ndarray:
-    """Nothing: what is forecast is left out, as guidance is after a gate."""
+    """Zero: what would be forecast is left out, as T-GATE leaves out guidance after its gate."""
     return np.zeros(1)
 
 
@@ -291,7 +291,7 @@ def _leaning(anchors: Sequence[float], weight: float) -> np.ndarray:
 
 
 def _differences(anchors: Sequence[float]) -> list[np.ndarray]:
-    """TaylorSeer's differences after the newest anchor, of order 0 on, as rows over the anchors."""
+    """TaylorSeer's differences at the newest anchor, from order 0 on, each as weights of the anchors."""
     size = len(anchors)
     history: list[np.ndarray] = []
     for index in reversed(range(size)):

@@ -44,7 +44,7 @@ def plan_schema() -> dict[str, Any]:
 
 
 def schema_of(hint: Any) -> dict[str, Any]:
-    """The schema of a field's type. Raises TypeError for a type that plan files have no spelling of."""
+    """The schema of a field's type. Raises TypeError for a type that plan files cannot spell."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in NAMES:
         return {"$ref": f"#/$defs/{NAMES[hint]}"}

@@ -26,10 +26,10 @@ class Measure:
     """A number per sample: how far a site's value is from a reference.
 
     `against`: the value of the step before ("previous"), of the newest or second newest computed step ("anchor",
-    "older"), what this step's forecast of the site would have been ("forecast", after only), or "zero". `norm` of the
-    difference d to the reference r, means over all but the batch: rel_l1 mean|d| / mean|r|, l1 mean|d|, mse mean d^2,
-    rel_l2 |d| / |r|. `when`: "before" at every step, or "after" the steps that compute the site. `residual` measures
-    what the site's blocks add, else the value itself.
+    "older"), what this step's forecast of the site would have been ("forecast", after only), or "zero". `norm` is taken
+    of the difference d to the reference r, with means over all but the batch: rel_l1 is mean|d| / mean|r|, l1 mean|d|,
+    mse mean d^2, rel_l2 |d| / |r|. `when`: "before" at every step, or "after" the steps that compute the site.
+    `residual` measures what the site's blocks add, else the value itself is measured.
     """
 
     site: str
@@ -45,7 +45,7 @@ class Measure:
 
     @property
     def name(self) -> str:
-        """Unique within a trigger."""
+        """The measure's name, unique within a trigger."""
         return f"{self.site} {self.against} {self.norm} {self.when}{'' if self.residual else ' value'}"
 
 
@@ -80,24 +80,24 @@ class Trigger:
         raise NotImplementedError
 
     def decide(self, memory: Memory, step: int, values: Values) -> Decided:
-        """Whether `step` computes, given the measures of "before". Changes nothing."""
+        """Whether `step` computes, given the measures taken "before" it. Changes nothing."""
         raise NotImplementedError
 
     def observe(self, memory: Memory, step: int, computed: bool, values: Values) -> None:
-        """Takes note of a step that is over, with all measures of it. Called once a step, in order."""
+        """Takes note of a step that is over, with all measures of it. Called once per step, in order."""
         self.learn(memory, step, computed, values)
         memory.last, memory.skipped = (step, 0) if computed else (memory.last, memory.skipped + 1)
         memory.total_skipped += not computed
 
     def learn(self, memory: Memory, step: int, computed: bool, values: Values) -> None:
-        """What `observe` adds for this trigger; `memory.last` and `memory.skipped` are still those before the step."""
+        """Remembers what this trigger needs of the step; `memory.last` and `.skipped` are still those before it."""
 
     def weights(self, memory: Memory, step: int, values: Values) -> list[float] | None:
         """Coefficients of the forecast, newest anchor first, where the trigger decides them too; else None."""
         return None
 
     def sample_row(self, sites: int) -> tuple[int, ...]:
-        """A row that this trigger may ask for besides computing everything."""
+        """A row that this trigger may ask for, other than the one that computes everything."""
         return (int(Decision.FORECAST),) * sites
 
     def as_json(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Trigger:
 class Accumulate(Trigger):
     """Forecasts while the sum of scored changes from step to step stays below the threshold; computing clears it.
 
-    The score is a polynomial (highest power first) of the relative L1 change, floored at 0, of what `site` holds.
+    The score is a polynomial (highest power first) of the relative L1 change of the value of `site`, floored at 0.
     """
 
     site: str
@@ -165,8 +165,8 @@ class Anchored(Trigger):
 
     site: str
     threshold: float
-    max_skip: int | None = None  # in a row
-    max_skips: int | None = None  # in a run
+    max_skip: int | None = None  # the most forecast steps one after another
+    max_skips: int | None = None  # the most forecast steps per run
 
     kind: ClassVar[str] = "anchored"
 
@@ -224,7 +224,7 @@ class AlignedProbe(Trigger):
 class TransformRate(Trigger):
     """EasyCache: predicts the output's change from the latent's, by the ratio of the two over the last computed steps.
 
-    Adds k mean|x - x_before| / mean|v| a step, with k = mean|v_a - v_b| / mean|x_a - x_b| of the last two computed
+    Adds k mean|x - x_before| / mean|v| per step, with k = mean|v_a - v_b| / mean|x_a - x_b| of the last two computed
     steps and v the newest computed output; computes while k is not known.
     """
 
@@ -335,8 +335,8 @@ class Layerwise(Trigger):
 
     Compares each site with its value at the computed step before. Its limit is `threshold`, or, where `gamma` is set,
     gamma times the site's own change at the last of the first `warmup` steps. Every `period`-th step computes all.
-    With `prefix`, the sites are values behind blocks, and only the last one within its limit is forecast: what comes
-    before it is not needed, what comes behind is computed.
+    With `prefix`, the sites are values after blocks, and only the last one within its limit is forecast: what comes
+    before it is not needed, what comes after it is computed.
     """
 
     sites: tuple[str, ...]

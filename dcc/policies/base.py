@@ -38,8 +38,8 @@ COPY = Predictor("copy")
 class Cached:
     """One site or group of sites: 1 in `mask` for every step that computes it; `predictor` forecasts it at the others.
 
-    Under a trigger a 1 is a step that computes whatever the trigger says, and a 0 leaves it to the trigger. `form` is
-    how the value is forecast other than by one combination of whole anchors, as in `Plan.forms`; empty for that.
+    Under a trigger a 1 is a step that computes whatever the trigger says, and a 0 leaves it to the trigger. `form`, as
+    in `Plan.forms`, says how the value is forecast if not by one combination of whole anchors; else it is empty.
     """
 
     site: str
@@ -70,7 +70,7 @@ class Setting:
     ) -> None:
         self.levels = tuple(levels)
         self._sites, self._profile, self._values, self._score = sites, profile, values, score
-        self.asked: list[str] = []  # what was measured for a policy, each time that one asked
+        self.asked: list[str] = []  # what policies asked to be measured, one entry per time
 
     @property
     def steps(self) -> int:
@@ -129,7 +129,7 @@ class Method:
 
     `kind` is its class in the survey (arXiv 2510.19755), `checked` how far the formula was verified: C in the method's
     own code, C3 in another's implementation, D by description only, own for ours. `syncs` counts host synchronisations
-    a step. `needs` is what must be measured or given before.
+    per step. `needs` is what must be measured or given before.
     """
 
     make: Callable[..., Policy]
@@ -294,7 +294,7 @@ def between(low: float, high: float, /, **values: float) -> None:
 
 
 def ends(window: Sequence[float], name: str = "window") -> tuple[float, float]:
-    """From where to where a window goes. Raises PolicyError for anything but two numbers in order."""
+    """The two ends of a window. Raises PolicyError for anything but two numbers in order."""
     if not isinstance(window, Sequence) or len(window) != 2 or isinstance(window, str):
         raise PolicyError(f"{name}={window!r} must be two numbers, from and to")
     low, high = window

@@ -14,7 +14,7 @@ from torch import Tensor
 from dcc.kernels.combine import channel_dim
 from dcc.plans.predictors import Predictor
 
-ROUNDS = 100  # of K-means, at most
+ROUNDS = 100  # the most rounds of K-means
 
 
 def by_points(values: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def errors(values: Tensor, solvers: Sequence[Predictor], mask: Sequence[int]) ->
 
 
 def next_step_errors(values: Tensor, solvers: Sequence[Predictor]) -> Tensor:
-    """Mean squared error [solvers, channels] of the forecast of every step from those right before it."""
+    """Mean squared error [solvers, channels] of the forecast of every step from the steps right before it."""
     first, total = max(solver.anchors for solver in solvers), torch.zeros(len(solvers), values.shape[-1])
     for step in range(first, len(values)):
         mask = [1] * step + [0]
@@ -79,7 +79,7 @@ def next_step_errors(values: Tensor, solvers: Sequence[Predictor]) -> Tensor:
 
 
 def choose(labels: Tensor, error: Tensor) -> tuple[list[int], list[int]]:
-    """For every channel the place of its cluster's best solver among those chosen, and these solvers' indices."""
+    """For every channel the index of its cluster's best solver among the chosen ones; and the chosen ones' indices."""
     best = torch.stack([error[:, labels == label].mean(1).argmin() for label in range(int(labels.max()) + 1)])
     chosen = best.unique()
     return torch.searchsorted(chosen, best[labels]).tolist(), chosen.tolist()

@@ -32,7 +32,7 @@ from dcc.variants.refresh import holds_output_tokens
 if TYPE_CHECKING:
     from dcc.passes.base import Site
 
-SOLVERS = (  # HyCa's pool
+SOLVERS = (  # HyCa's pool of predictors
     COPY,
     Predictor("midpoint", 1),
     Predictor("taylor", 1),
@@ -42,7 +42,7 @@ SOLVERS = (  # HyCa's pool
 )
 
 
-TIE = 1e-6  # of a whole: what rounding makes of the second difference of equal values
+TIE = 1e-6  # as a share of the total: what rounding makes of the second difference of equal values
 
 
 @method(
@@ -71,7 +71,7 @@ def speca(
     arXiv 2509.11628, repository Shenyi-Z/Cache4Diffusion: an error above max(base decay^progress, floor) makes the
     next step compute; no step is repeated. The published error is elementwise, which entries near zero dominate; here
     it is the ratio of means, so thresholds are of another scale than the published 7. The block range is one site,
-    not a site a branch.
+    not a site per branch.
     """
     between(0, math.inf, base=base, floor=floor)
     between(0, 1, decay=decay)
@@ -137,7 +137,7 @@ def toca(
     0.2 in the last. The interval is divided by 0.6 in the first step to 1.4 in the last, and is 2 where the share of
     steps left lies in `sensitive`. Importance is published as the attention that a token receives, which fused
     attention does not give: here the norm of its cached value, large ones first (select="norm"; "small_norm" takes
-    small ones first, and "random" leaves it to chance). The factor of the step, 1 on average, would need a variant a
+    small ones first, and "random" leaves it to chance). The factor of the step, 1 on average, would need a variant per
     step and is left out, as is the bonus of the best token of each 2x2 window.
     """
     between(0, 1, ratio=ratio)
@@ -216,7 +216,7 @@ def clusca(
 ) -> Policy:
     """TaylorSeer on every branch, and in each MLP one random token of every cluster of tokens computed afresh.
 
-    arXiv 2509.10312, repository Shenyi-Z/Cache4Diffusion: K-means at full steps on the tokens behind the last block,
+    arXiv 2509.10312, repository Shenyi-Z/Cache4Diffusion: K-means at full steps on the tokens after the last block,
     L1 distance; the other tokens of a cluster follow its fresh one by `share`. Published centres start from the last
     ones and take up to 100 rounds; here they start from evenly spaced tokens and take 10, so that the graph is static.
     Each set of tokens (image, text, both) is clustered by itself. Published code scatters fresh tokens under the trend
@@ -300,7 +300,7 @@ def _by_tokens(
 
 
 def _ratios(setting: Setting, ratio: float, scored: dict[str, Any]) -> list[dict[str, Any]]:
-    """ToCa's form of each MLP: more tokens in the blocks in front. Nothing is refreshed at ratio 0."""
+    """ToCa's form of each MLP: more tokens in the first blocks. Nothing is refreshed at ratio 0."""
     blocks = [site.name.rpartition("/")[0] for site in _mlps(setting)]
     order = list(dict.fromkeys(blocks))
     factors = [2.5 * (1.8 - 1.6 * order.index(block) / max(len(order) - 1, 1)) for block in blocks]
@@ -308,7 +308,7 @@ def _ratios(setting: Setting, ratio: float, scored: dict[str, Any]) -> list[dict
 
 
 def _scored(select: str, age: float) -> dict[str, Any]:
-    """The form of ToCa's scores, but for the ratio."""
+    """The form of ToCa's scores, without the ratio."""
     signs = {"norm": 1, "small_norm": -1}
     if select not in (*signs, "random"):
         raise PolicyError(f"select={select!r}; there are: {', '.join(signs)}, random")
@@ -343,7 +343,7 @@ def omnicache(setting: Setting, *, interval: int = 3, site: str = DEFAULT_SITE) 
     even = interval == 1 or not bend.any()
     total = np.arange(1.0, steps + 1) if even else np.cumsum(bend + bend.mean())
     bounds = np.linspace(0, total[-1], -(-steps // interval) + 1)[:-1]
-    bounds = bounds + TIE * total[-1]  # a bound that falls on a step's total is decided alike on every machine
+    bounds = bounds + TIE * total[-1]  # a bound that falls on a step's total is decided the same on every machine
     nodes = sorted({int(np.searchsorted(total, bound, side="right")) for bound in bounds})
     return Policy((Cached(site, listed(setting, [min(node, steps - 1) for node in nodes])),))
 
@@ -461,7 +461,7 @@ def hyca(
     The pool is a copy, Runge-Kutta 2, Taylor, Adams-Bashforth 2 (2.5, -2, 0.5 one gap ahead, FoCa's rule), BDF2 and
     Adams-Moulton. A cluster takes the one of least squared error on the next step from the steps right before it; with
     judged="schedule", on the forecasts that this schedule makes. The paper leaves the descriptors' scaling open; here
-    they are standardised logarithms (dcc/channel_clusters.py). Clusters that choose the same solver become one.
+    they are standardised logarithms (policies/channel_clusters.py). Clusters that choose the same solver become one.
     """
     whole(clusters=clusters)
     if judged not in ("next", "schedule"):

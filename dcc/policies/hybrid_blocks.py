@@ -29,12 +29,12 @@ def fastcache(
 ) -> Policy:
     """Replaces a block by a linear map of its input at steps where it changed little since the step before.
 
-    `weights` is a safetensors file of fitted maps, `<block>.weight` [C, C] and `<block>.bias` [C] (dcc/correctors.py),
-    from what enters the block to what leaves it; the published code fills them at random and leaves their fitting open,
-    so without a file this refuses. The published test is the relative change of the block's input against the larger of
-    0.05 and a chi-square bound; here it is the mean relative change of what the block adds, off the profile, so that
-    the schedule is static. With `interval` the maps serve all but every `interval`-th step instead. The split of still
-    tokens from moving ones is left out.
+    `weights` is a safetensors file of fitted maps, `<block>.weight` [C, C] and `<block>.bias` [C]
+    (variants/correctors.py), from what enters the block to what leaves it; the published code fills them at random and
+    leaves their fitting open, so without a file this refuses. The published test is the relative change of the block's
+    input against the larger of 0.05 and a chi-square bound; here it is the mean relative change of what the block adds,
+    off the profile, so that the schedule is static. With `interval` the maps serve all but every `interval`-th step
+    instead. The split of still tokens from moving ones is left out.
     """
     between(0.0, math.inf, threshold=threshold)
     whole(first=first)

@@ -142,7 +142,7 @@ def foresight(setting: Setting, *, gamma: float = 0.5, warmup: int | None = None
     """Skips the blocks up to the last one whose output moves less than `gamma` times what it moved in the warm-up.
 
     arXiv 2506.00329, repository STAR-Laboratory/foresight: mean squared change between computed steps; as in the
-    released code the prefix of blocks is skipped and all behind it are computed; every `refresh`-th step computes
+    released code the prefix of blocks is skipped and all after it are computed; every `refresh`-th step computes
     all. Warm-up is 15% of the steps, at least 3 (its limit needs two changes), unless given.
     """
     between(0, math.inf, gamma=gamma)
@@ -175,8 +175,8 @@ def dbprune(
 ) -> Policy:
     """Prunes single blocks: one whose residual moved less than `threshold` is copied until the next computed step.
 
-    Repository vipshop/cache-dit tests every block's input as it comes, one host read a block; here the test is made at
-    computed steps for the `max_continuous` steps that follow, which reads once. `keep` names blocks never pruned.
+    Repository vipshop/cache-dit tests every block's input as it comes, one host read per block; here the test is made
+    at computed steps for the `max_continuous` steps that follow, which reads once. `keep` names blocks never pruned.
     """
     between(0, math.inf, threshold=threshold)
     whole(warmup=warmup, max_continuous=max_continuous)
@@ -230,7 +230,7 @@ def bac(setting: Setting, *, interval: int = 3, bu_blocks: int = 3) -> Policy:
     """Each branch gets a share of 1 / `interval` update steps, where copies are most similar, by dynamic programming.
 
     Maximises the sum of cosines between every step's value and that of its last update. Bubbling union: the
-    `bu_blocks` MLPs whose values differ most between all steps are also updated whenever an MLP behind them is, so
+    `bu_blocks` MLPs whose values differ most between all steps are also updated whenever an MLP after them is, so
     that its fresh value is not made from their stale ones. Differences are L2, which the profile holds, where the
     paper takes L1; an MLP joined with attention counts as one.
     """
@@ -310,7 +310,7 @@ def harmonica(setting: Setting, *, mask: Sequence[Sequence[float]] | str, thresh
 def lazydit(setting: Setting, *, mask: Sequence[Sequence[float]] | str, threshold: float = 0.5) -> Policy:
     """Runs the gates that LazyDiT has trained, as a table: steps x branches, computed from `threshold` on.
 
-    The trained gates look at each sample's input, one host read a branch; a table of their means over samples reads
+    The trained gates look at each sample's input, one host read per branch; a table of their means over samples reads
     none.
     """
     return learned(setting, mask, lambda gate: int(gate >= threshold))

@@ -60,7 +60,7 @@ def taylorseer(
     predictor="taylor",
 )
 def taylorseer_lite(setting: Setting, *, interval: int = 5, order: int = 2, first: int = 3) -> Policy:
-    """TaylorSeer on one value, the hidden state behind the last block; what follows it is computed at every step."""
+    """TaylorSeer on one value, the hidden state after the last block; what follows it is computed at every step."""
     return Policy((Cached(_hidden(setting), every(setting, interval, first), Predictor("taylor", order)),))
 
 
@@ -208,7 +208,7 @@ def freqca(
     first: int = 3,
     site: str | None = None,
 ) -> Policy:
-    """Splits the value behind the last block by spatial frequency: copies the low band, forecasts the high one.
+    """Splits the value after the last block by spatial frequency: copies the low band, forecasts the high one.
 
     The released code cuts a 2-D DCT over the image tokens at `cutoff` of its largest radius, or a 1-D FFT along the
     tokens at `cutoff` of its largest frequency, by model; transform="auto" takes "dct" where the tokens' `grid` (rows,

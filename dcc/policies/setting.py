@@ -64,7 +64,7 @@ def setting_of(
 
 
 def no_candidates(candidate: Any, coefficients: Any) -> Any:
-    """Stands for what makes denoisers of candidates, where plans are run that are none."""
+    """Stands in for what makes the denoisers of candidates in a loop whose plans are no candidates."""
     raise NotImplementedError
 
 

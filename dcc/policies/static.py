@@ -378,11 +378,11 @@ def t_gate(
     warm_up: int = 2,
     drop_guidance: bool | None = None,
 ) -> Policy:
-    """Freezes cross-attention behind `gate_step`; self-attention is computed every few steps.
+    """Freezes cross-attention after `gate_step`; self-attention is computed every few steps.
 
     The first `warm_up` steps compute all, then self-attention every `sp_interval` steps up to the gate (2/5 of the run
-    unless given, the published 10 of 25), and every `fi_interval` behind it. With `drop_guidance` the conditional half
-    alone runs behind the gate and stands for both, which changes what the sampler computes: None does so where the
+    unless given, the published 10 of 25), and every `fi_interval` after it. With `drop_guidance` the conditional half
+    alone runs after the gate and stands for both, which changes what the sampler computes: None does so where the
     batch is merged, True refuses any other run. The paper also averages the halves of the frozen attention, and feeds
     the one pass the negative prompt; both are left out.
     """
@@ -451,7 +451,7 @@ def icc(
     """Copies the output of every linear layer, corrected by what changed in its input times a low-rank weight.
 
     y = y_c + (x - x_c) W_r, W_r being the layer's live weight at `rank`: unless given, a ninth of the width, which is
-    the paper's 128 for 1152. With `channels`, a safetensors file of a tensor [C] a layer, the approximation weighs
+    the paper's 128 for 1152. With `channels`, a safetensors file of a tensor [C] per layer, the approximation weighs
     input channels by it: the paper's channel-aware SVD, where they are mean magnitudes of x or of its change between
     steps. Attention itself, norms and gates are computed at every step. The anchor is y_c - x_c W_r, so computed steps
     run the small product too.
@@ -466,5 +466,5 @@ def icc(
 
 
 def _measured(setting: Setting, name: str) -> str:
-    """The site of the profile that speaks for this one: joined heads are measured with their MLP."""
+    """The profile's site that stands for this one: joined heads are measured with their MLP."""
     return name if name in setting.profile.sites else name.replace("/heads", "/attn+mlp")

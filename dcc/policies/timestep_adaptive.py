@@ -161,7 +161,7 @@ def magcache(
 
     Multiplies the ratios |r_s| / |r_{s-1}| since the last computed step, adds up |1 - product|, and forecasts while the
     sum is at most `threshold` (below it if `strict`) for at most `max_skip` steps; the first `retention_ratio` of the
-    steps and the `forbidden` ones compute. `ratios` are one a step (the first is not used), or one less; for another
+    steps and the `forbidden` ones compute. `ratios` are one per step (the first is not used), or one less; for another
     number of steps the nearest are taken. Without them they are those of the norms in the profile, where the paper
     averages the ratios of single tokens. All of it is known before the run: a static mask. Defaults of diffusers' hook.
     """

@@ -37,11 +37,11 @@ class Call:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of its tensors."""
+        """The shapes of its tensors."""
         return tuple(tuple(tensor.shape) for tensor in self.tensors)
 
     def arguments(self, tensors: tuple[Tensor, ...] | None = None) -> dict[str, Any]:
-        """The keyword arguments again, with other tensors if given."""
+        """The keyword arguments of the call, with other tensors if given."""
         values = dict(zip(self.names, self.tensors if tensors is None else tensors, strict=True)) | self.constants
         return pytree.tree_unflatten([values[name] for name in self.leaf_names], self.spec)
 

@@ -39,7 +39,7 @@ class Recording:
     guided: bool = False  # at every call both halves of the batch hold equal samples; prompt-side inputs differ
 
     def sample_path(self, call: Call, dimensions: int = 1) -> str | None:
-        """The path of the sampler's state: the largest tensor that moves, of at least so many dimensions; else None."""
+        """The path of the sampler's state, the largest tensor of at least `dimensions` that moves; None without one."""
         pairs = zip(call.names, call.tensors, strict=True)
         moving = [(n, t.numel()) for n, t in pairs if n in self.varying and t.dim() >= dimensions]
         return max(moving, key=lambda item: item[1])[0] if moving else None
@@ -64,7 +64,7 @@ class _Input:
     scalars: list[float | None] = field(default_factory=list)
     which: list[int] = field(default_factory=list)  # per call, the index of its value among `values`
     stable: bool = True
-    halves: bool = True  # equal in every call
+    halves: bool = True  # whether its two halves are equal in every call
 
     def see(self, tensor: Tensor) -> None:
         self.scalars.append(_scalar(tensor))

@@ -57,7 +57,7 @@ class Handler:
             return self.call(*args, **kwargs)
 
     def entries(self) -> dict[str, Any]:
-        """What the module gets besides the handler, where it has nothing of that name."""
+        """Attributes that the module gets along with the handler, where it has none of that name."""
         return {}
 
     @property
@@ -67,7 +67,7 @@ class Handler:
 
     @contextmanager
     def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
-        """Names the stream ("cond", "uncond") of the calls inside, and where the loop stands; as in diffusers.
+        """Names the stream ("cond", "uncond") of the calls inside, and says where the loop is; as in diffusers.
 
         `fields` may hold step_index, num_inference_steps, timestep and sigma; others are accepted and not used.
         """
@@ -120,7 +120,7 @@ def remove(module: nn.Module) -> Handler | None:
 
 @contextmanager
 def installed(module: nn.Module, handler: Handler | None) -> Iterator[None]:
-    """The handler, or none, on the module inside; what was there before is back at the end, whatever happens."""
+    """Sets the handler, or none, on the module inside the context, and always puts back what was there before."""
     before = remove(module)
     if handler is not None:
         install(module, handler)
@@ -134,7 +134,7 @@ def installed(module: nn.Module, handler: Handler | None) -> Iterator[None]:
 
 @contextmanager
 def disabled(module: nn.Module) -> Iterator[None]:
-    """The module's own code runs inside, in this thread or task; handlers elsewhere go on."""
+    """Runs the module's own code inside the context, in this thread or task; others still run the handler."""
     token = _ORIGINALS.set(_ORIGINALS.get() | {id(module)})
     try:
         yield

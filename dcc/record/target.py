@@ -52,7 +52,7 @@ class Samples:
 class PipelineTarget:
     """A DiffusionPipeline whose denoiser is compiled in place."""
 
-    data_range = 1.0  # of its decoded samples
+    data_range = 1.0  # the range of its decoded samples
     batches = True  # several prompts may share a run
 
     def __init__(self, pipe: Any, call_kwargs: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ class ModuleTarget:
         self._sample(self._module, prompts[0])
 
     def generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Samples:
-        """The final samples of the caller's loop, run once a prompt with torch's global generator at seeds[i].
+        """The final samples of the caller's loop, run once per prompt with torch's global generator at seeds[i].
 
         Raises PipelineError where the loop returns nothing.
         """
@@ -176,7 +176,7 @@ class ModuleTarget:
         return Samples(images, images)
 
     def fewer_steps(self, steps: int) -> None:
-        """A bare loop has its own number of steps."""
+        """None, because a bare loop has its own number of steps."""
         return None
 
     def install(self, handler: seam.Handler) -> Any:
@@ -251,14 +251,14 @@ def check_prompts(prompts: Any, text: bool) -> list[Any]:
 
 @contextlib.contextmanager
 def installed(target: Target, handler: seam.Handler | None) -> Iterator[None]:
-    """The handler, or none, on the denoiser; what was there before is back at the end, whatever happens."""
+    """Sets the handler, or none, on the denoiser inside the context, and always puts back what was there before."""
     with seam.installed(target.module, handler):
         yield
 
 
 @contextlib.contextmanager
 def recording(target: Target, only_first: bool = False) -> Iterator[Recorder]:
-    """A Recorder on the denoiser; what was there before is back at the end, whatever happens."""
+    """Sets a Recorder on the denoiser inside the context, and always puts back what was there before."""
     recorder = Recorder(target.module, only_first)
     try:
         with installed(target, recorder), torch.no_grad(), torch.random.fork_rng():
@@ -294,7 +294,7 @@ def _denoiser_name(pipe: Any) -> str:
 
 
 def _check_state(module: nn.Module) -> None:
-    """Refuses a denoiser that is compiled already, or that another cache patches (DESIGN contract 9)."""
+    """Refuses a denoiser that is compiled already, that another cache or hook patches, or that is being trained."""
     name = type(module).__name__
     if seam.handler_of(module) is not None:
         raise AlreadyCompiledError(

@@ -69,16 +69,16 @@ def evaluate(
         plans_or_policies: a dict of names to, or a list of: a Plan, the name of a policy, or
             (name of a policy, its parameters), e.g. {"fast": ("taylorseer", {"interval": 6}), "mine": plan}.
         prompts: what to sample; the noise of prompt i comes from seed + i alone.
-        calib_prompts: what policies that are calibrated measure on. Without any they measure on `prompts`, on which
-            they are scored, too, and their rows say so.
+        calib_prompts: the prompts that calibrated policies measure on. Without any they measure on `prompts`, on which
+            they are also scored, and their rows say so.
         sample: for a bare module: sample(net, prompt) runs one sampling loop with `net` and returns the final sample
             (tensor, array or image of any shape).
-        batch_size: prompts a run that measures quality, 1 if not given. Time is always measured with single prompts:
+        batch_size: prompts per run that measures quality, 1 if not given. Time is always measured with single prompts:
             all of them, or the first of each batch.
         backend: "inductor" or "eager".
         data_range: the range of PSNR and SSIM. Default: 1 for the images of a pipeline, otherwise the distance from
             the lowest to the highest value of each prompt's reference sample.
-        shown: prompts whose pictures the report keeps and shows, besides the worst of each plan.
+        shown: how many prompts' pictures the report keeps and shows, besides the worst of each plan.
         progress: called with one line, "what: detail", before each piece of work.
         pipeline_kwargs: arguments of the pipeline's call (num_inference_steps, height, ...).
 
@@ -154,7 +154,7 @@ class Arm:
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """A failure inside becomes the row's error: one plan that fails must not cost the results of the others."""
+        """Turns a failure inside the context into the row's error: it must not cost the results of other plans."""
         try:
             yield
         except Exception as error:  # whatever a plan, a loop or a backend raises
@@ -162,7 +162,7 @@ class Arm:
             self.row.error = f"{what}: {type(error).__name__}: {message}"
 
     def run(self, target: Target, prompts: Sequence[Any], seeds: Sequence[int]) -> tuple[Samples, float]:
-        """The samples of one batch and its seconds; once more where a new shape had to be lowered on the way."""
+        """The samples of one batch and its seconds; it runs again where a new shape had to be lowered on the way."""
         net = self.net
         assert net is not None  # an arm that has not failed
 
@@ -177,7 +177,7 @@ class Arm:
         return first if len(net.programs) == lowered else once()
 
     def turn(self, target: Target, prompts: Sequence[Any], seeds: Sequence[int]) -> Samples:
-        """The samples of a batch; the clock runs for its first prompt alone."""
+        """The samples of a batch; only a run of its first prompt alone is timed."""
         samples, seconds = self.run(target, prompts[:1], seeds[:1])
         self.row.seconds.append(seconds)
         return samples if len(prompts) == 1 else self.run(target, prompts, seeds)[0]
@@ -212,7 +212,7 @@ class _Scoring:
 def _uncached(
     model: Any, prompts: list[Any], sample: Any, backend: Backend, say: Callable[[str], None], call: dict[str, Any]
 ) -> CompiledDenoiser:
-    """The denoiser compiled for the plan that computes every step; `model` itself is as before."""
+    """The denoiser compiled for the plan that computes every step; `model` itself is left as it was."""
     compile(
         model,
         prompts,
@@ -237,9 +237,9 @@ def _prepare(
     subject: Subject,
     say: Callable[[str], None],
 ) -> Arm:
-    """Plans, rewrites and lowers one entry on the reference's capture and recording.
+    """Plans, rewrites and lowers one entry, with the captured graph and the recording of the reference.
 
-    Variants are pure functions of (sites, anchors, row): what one of the `others` has lowered already serves again.
+    Variants are pure functions of (sites, anchors, row): programs that one of the `others` has already are used again.
     """
     arm = Arm(Row(name, wanted if isinstance(wanted, Plan) else None))
     with arm.attempt("planning"):
@@ -317,14 +317,14 @@ def _score(row: Row, own: Samples, truth: Samples, scoring: _Scoring) -> None:
 def picture(sample: Tensor) -> Tensor:
     """One image of a sample [1, ...], of a video its middle frame: float16 [3, h, w] in [0, 1]."""
     shown = frames(sample)
-    assert shown is not None  # asked of images only
+    assert shown is not None  # called for images only
     shown = shown[0, shown.shape[1] // 2].expand(3, -1, -1)
     return ((shown + 1) / 2 if float(sample.min()) < 0 else shown).clamp(0, 1).half()
 
 
 @contextmanager
 def _uncompiled(model: Any) -> Iterator[Any]:
-    """The model without what dcc has set on it; that is back at the end, whatever happens."""
+    """Takes off the model what dcc has set on it, inside the context, and always puts it back."""
     with installed(denoiser_of(model), None):
         yield model
 
@@ -334,7 +334,7 @@ def _check_calibration(model: Any, prompts: Any) -> list[Any]:
 
 
 def _made_up(policy: str, parameters: Mapping[str, Any]) -> str:
-    """taylorseer interval=4 order=1, cut where it gets long; a steps mask as digits."""
+    """A name such as "taylorseer interval=4 order=1", cut where it gets long; a steps mask is written as digits."""
 
     def short(value: Any) -> str:
         return "".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -38,10 +38,10 @@ def save_grid(
     notes: Sequence[str] = (),
     amplify: int | None = None,
 ) -> None:
-    """Writes a PNG, atomically: a column a prompt; rows uncached, cached and their difference times `amplify`.
+    """Writes a PNG, atomically: one column per prompt; rows uncached, cached and their difference times `amplify`.
 
     `reference` and `cached` are [n, 3, h, w] in [0, 1]; `notes` are one line each, below the columns. Without
-    `amplify` the factor is the largest power of two that keeps nearly all differences within white; the row says it.
+    `amplify` the factor is the largest power of two that keeps nearly all differences within white; the label says it.
     """
     if not prompts or reference.shape != cached.shape or len(reference) != len(prompts):
         raise ValueError(

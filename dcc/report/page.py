@@ -38,7 +38,7 @@ KINDS = {  # how a step may treat a site, and what the key of the drawing calls 
 
 
 def page(report: Comparison) -> str:
-    """The HTML text."""
+    """The page as HTML text."""
     colours = {row.name: to_hex(colormaps["tab10"](i % 10)) for i, row in enumerate(report.rows)}
     scored = [row for row in report.rows if row.psnr and not row.error]
     differences = [(own - reference).abs() for row in scored for reference, own in row.pictures.values()]
@@ -156,7 +156,7 @@ def _first_prompts(scored: list[Row], shown: int) -> list[int]:
 
 
 def _has_worst(row: Row) -> bool:
-    """Whether there is a worst prompt to show: pictures, and one that is not identical."""
+    """Whether there is a worst prompt to show: it has pictures, and they are not identical."""
     return row.worst in row.pictures and math.isfinite(row.psnr[row.worst])
 
 

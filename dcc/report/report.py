@@ -39,7 +39,7 @@ class Report(Comparison):
         write_file(path, text)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes a line a plan, the reference first, atomically; the columns are those of `summary`."""
+        """Writes one line per plan, the reference first, atomically; the columns are those of `summary`."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list(self.summary(self.reference)))
         writer.writeheader()

@@ -15,7 +15,7 @@ from dcc.quality import mean_psnr
 
 @dataclass
 class Row:
-    """One plan as measured. Lists have a number a prompt, `seconds` one a timed run.
+    """One plan as measured. Lists have one number per prompt, `seconds` one per timed run.
 
     `psnr` (dB, infinite where identical) and `ssim` compare final samples with the uncached ones, `psnr_raw` and
     `ssim_raw` the same before the final clamp; SSIM is empty where samples are no images. `computed`, `forecast` and
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def latency(self) -> float:
-        """Median seconds a sample; NaN before the first run."""
+        """Median seconds per sample; NaN before the first run."""
         return statistics.median(self.seconds) if self.seconds else math.nan
 
     @property
@@ -52,7 +52,7 @@ class Row:
 
     @property
     def full_steps(self) -> str:
-        """Full steps of all steps, as planned or, under a trigger, as the share of calls that it turned out to be."""
+        """Full steps out of all steps, as planned or, under a trigger, from the share of calls that computed."""
         if self.plan is None:
             return "-"
         if self.plan.trigger:
@@ -64,7 +64,7 @@ class Row:
 
     @property
     def worst(self) -> int | None:
-        """The prompt of the lowest PSNR, None before the first."""
+        """The prompt of the lowest PSNR, None before the first is scored."""
         return min(range(len(self.psnr)), key=self.psnr.__getitem__, default=None)
 
     def keep(self, index: int, reference: Tensor, own: Tensor, shown: int) -> None:
@@ -95,7 +95,7 @@ class Comparison:
         raise KeyError(f"{name!r}; there are: {', '.join(row.name for row in self.rows)}")
 
     def speedup(self, row: Row) -> float:
-        """Median seconds a sample, uncached over `row`, on the runs that both made: above 1 where caching is faster."""
+        """Median seconds per sample, uncached over `row`, on runs that both made: above 1 where caching is faster."""
         reference = self.reference.seconds[: len(row.seconds)]
         return statistics.median(reference) / row.latency if row.seconds else math.nan
 

@@ -36,7 +36,7 @@ class Point:
 
 
 def scatter(panels: dict[str, Sequence[Point]]) -> str:
-    """An SVG: a panel for each kind of speed-up, whose points nothing beats in both directions are joined."""
+    """An SVG with one panel per kind of speed-up, in which the points that no other beats both ways are joined."""
     with rc_context({"font.size": 9, "svg.hashsalt": "dcc", "axes.edgecolor": FAINT, "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=SIZE, layout="constrained")
         canvas = FigureCanvasAgg(figure)
@@ -79,7 +79,7 @@ def _draw(panel: Axes, title: str, points: Sequence[Point], top: float) -> None:
 
 
 def _beats(a: Point, b: Point) -> bool:
-    """Whether `a` is nowhere behind `b` and somewhere ahead."""
+    """Whether `a` is in nothing worse than `b`, and in something better."""
     return a.speedup >= b.speedup and a.mean >= b.mean and (a.speedup, a.mean) != (b.speedup, b.mean)
 
 

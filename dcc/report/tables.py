@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dcc.report.report import Report
     from dcc.report.rows import Row
 
-STYLES = {Decision.COMPUTE: "bold green", Decision.REFRESH: "cyan"}  # of a step in a row of steps; others are dim
+STYLES = {Decision.COMPUTE: "bold green", Decision.REFRESH: "cyan"}  # of one step in a line of steps; others are dim
 
 
 def demo_table(report: Report, row: Row, title: str | None = None) -> Table:
@@ -103,11 +103,11 @@ def steps_table(plan: Plan) -> Table:
 
 
 def policies_table(methods: Sequence[Method]) -> Group:
-    """All methods, a table for each class of the survey, at most 80 columns wide."""
+    """All methods, one table per class of the survey, at most 80 columns wide."""
     parts: list[Table | Text] = []
     for kind in dict.fromkeys(method.kind for method in methods):
         title = f"{kind.replace('_', '-')} ({sum(method.kind == kind for method in methods)})"
-        # 16 + 20 + 15 + 10 + 5 + 3 and a gap of two behind each but the last: the longest word of each column fits
+        # 16 + 20 + 15 + 10 + 5 + 3 and a gap of two after each but the last: the longest word of each column fits
         look = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
         table = Table(title=title, title_justify="left", title_style="bold", **look)
         table.add_column("policy", no_wrap=True, style="bold", width=16)

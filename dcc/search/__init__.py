@@ -1,1 +1,1 @@
-"""From a budget to the best plan, by runs of the calibration prompts."""
+"""Finds the best plan for a budget, by runs of the calibration prompts."""

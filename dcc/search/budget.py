@@ -57,7 +57,7 @@ class Candidates:
     def usual_errors(
         self, candidate: Candidate, coefficients: dict[int, list[float]], loop: ClosedLoop
     ) -> dict[int, list[float]]:
-        """Per step the forecast errors that the guard would see at the candidate's anchors, of every sample."""
+        """By step, the forecast errors of every sample that the guard would see at the candidate's anchors."""
         errors = Errors()
         net = self.net(candidate, coefficients, guard=errors)
         for batch in loop.batches:
@@ -81,7 +81,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class _Given:
-    """Coefficients that are known already, in a predictor's place."""
+    """Takes a predictor's place with coefficients that are known already."""
 
     values: dict[int, list[float]]
 
@@ -185,7 +185,7 @@ def _loop(
 
 
 def _fewer_steps(loop: ClosedLoop, steps: int) -> float | None:
-    """Mean PSNR in dB of simply running this many sampler steps, None where the loop has no such knob."""
+    """Mean PSNR in dB of simply running this many sampler steps, None where the loop does not take a number."""
     target = loop.subject.target.fewer_steps(steps)
     if target is None:
         return None

@@ -18,7 +18,7 @@ from dcc.search.fit import Fit, FitOptions, OutputRunner, Sampler, find_sampler
 from dcc.search.trace import Layout, Trace, Tracer, coordinates
 
 IDENTICAL = 120.0  # dB; stands for an infinite PSNR, so that means stay finite
-HOPELESS = 1.0  # dB behind the best candidate on the same prompts, at which the rest of the prompts is not run
+HOPELESS = 1.0  # dB below the best candidate on the same prompts, at which the rest of the prompts is not run
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Candidate:
 
     @property
     def anchors(self) -> int:
-        """J: how many anchors a forecast reads at most."""
+        """J: the largest number of anchors that a forecast reads."""
         return min(self.rule.anchors, self.full)
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ class Batch:
 class ClosedLoop:
     """The uncached runs of some prompts, and everything that cached runs of them need.
 
-    `net(candidate, coefficients)` makes a denoiser for a candidate on any site; the raw output needs none.
+    `net(candidate, coefficients)` makes a denoiser for a candidate on any site; those on the raw output need none.
     """
 
     subject: Subject
@@ -218,5 +218,5 @@ def _with(target: Target, net: Handler | None, prompts: list[Any], seeds: list[i
 
 
 def _gap(values: Sequence[float], best: Sequence[float]) -> float:
-    """How far, in dB, `values` are behind the best candidate on the same prompts."""
+    """How far, in dB, `values` are below the best candidate on the same prompts."""
     return sum(b - v for v, b in zip(values, best, strict=False)) / len(values)

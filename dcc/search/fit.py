@@ -95,7 +95,10 @@ def find_sampler(traces: Sequence[Trace]) -> Sampler | None:
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How a gap is fitted: `anchors` regressors; `ridge` (of their mean square) pulls to the polynomial of `order`."""
+    """How a gap is fitted, with `anchors` regressors.
+
+    `ridge`, relative to their mean square, pulls the fit to the polynomial of `order`.
+    """
 
     anchors: int = 3
     order: int = 1

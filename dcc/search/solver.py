@@ -25,10 +25,10 @@ from dcc.search.closed_loop import Candidate, ClosedLoop, Outcome
 from dcc.search.fit import FitOptions
 from dcc.serve.guard import limits
 
-EFFORTS = {"fast": 40, "normal": 120, "thorough": 400}  # cached runs of all fitting prompts, about
+EFFORTS = {"fast": 40, "normal": 120, "thorough": 400}  # about how many cached runs of all fitting prompts
 LEAST_PROMPTS = 4  # two to fit, two to hold back
 RULES = (FitOptions(3), FitOptions(4), FitOptions(3, ridge=1.0), Predictor("newton", 1), Predictor("newton", 2))
-RIVAL = 1.5  # dB behind the leader up to which another site's anchors are searched too
+RIVAL = 1.5  # dB below the leader up to which another site's anchors are searched too
 MOVES = (-3, -2, -1, -1, 1, 1, 2, 3)  # steps by which the search shifts an anchor
 
 
@@ -165,9 +165,9 @@ class Search:
         return winner, scored[winner]
 
     def full_steps(self, site: str, speedup: float) -> int:
-        """The most full steps of `steps` that keep the FLOPs at 1/speedup, 0 where none do."""
+        """The most full steps that keep a run's FLOPs at 1/speedup, 0 where none do."""
         flops, forecast, steps = self.problem.flops, self.problem.forecast_flops[site], self.problem.steps
-        if flops == 0:  # nothing is known of what is inside: count calls
+        if flops == 0:  # nothing inside the denoiser is known: count calls
             return int(steps / speedup + 1e-9)
         return max(0, min(steps, int((steps * flops / speedup - steps * forecast) / max(flops - forecast, 1) + 1e-9)))
 
@@ -184,12 +184,12 @@ class Search:
         return result
 
     def _ratio(self, site: str) -> float:
-        """Speed-up of one full step in `steps`, over `steps`."""
+        """The speed-up of a run with one full step only, divided by the number of its steps."""
         flops, forecast, steps = self.problem.flops or 1, self.problem.forecast_flops[site], self.problem.steps
         return flops / (flops + (steps - 1) * forecast)
 
     def _equal_cost(self, full: int) -> dict[str, int]:
-        """Full steps by site that cost as much as `full` of them with free forecasts."""
+        """By site, how many full steps cost as much as `full` of them would if forecasts were free."""
         return {site: self.full_steps(site, self.problem.steps / full) for site, _ in self.families}
 
     def _starts(self, site: str, rule: Any, full: int, scored: dict[Candidate, Outcome], few: bool) -> None:

@@ -31,7 +31,7 @@ class Trace:
 
 
 class Layout:
-    """How the calls of a run are laid out: calls a step, and how a call's batch splits into halves of `n` samples."""
+    """How the calls of a run are laid out: calls per step, and how a call's batch splits into halves of `n` samples."""
 
     def __init__(self, recording: Recording, n: int) -> None:
         self.sample_name = recording.sample_path(recording.first, dimensions=2) or ""
@@ -40,19 +40,19 @@ class Layout:
         self.n = n
 
     def state(self, sample: Tensor) -> Tensor:
-        """[n, d] of the denoiser's sample input; the halves of a merged batch hold the same."""
+        """The state [n, d] in the denoiser's sample input; the halves of a merged batch hold the same."""
         halves = self.split(sample)
         return halves[0]
 
     def split(self, value: Tensor) -> Tensor:
-        """[parts, n, d] of a value [parts * n, ...], at the coordinates kept."""
+        """A value [parts * n, ...] as [parts, n, d], at the coordinates that are kept."""
         n = self.n if value.shape[0] % self.n == 0 else value.shape[0]
         flat = value.detach().reshape(value.shape[0] // n, n, -1)
         return flat[..., coordinates(flat.shape[-1]).to(flat.device)].float()
 
 
 def coordinates(size: int) -> Tensor:
-    """The indices kept of `size` values: all, or a fixed random choice."""
+    """Which of `size` values are kept, by index: all, or a fixed random choice."""
     if size <= COORDINATES:
         return torch.arange(size)
     return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:COORDINATES].sort().values

@@ -1,1 +1,1 @@
-"""The denoiser that runs a plan: position, schedule, state."""
+"""The denoiser that runs a plan: the position of each call, the schedule, and the state."""

@@ -1,4 +1,4 @@
-"""Gives every input of a variant its tensor: one binder for static, triggered and instrumented runs."""
+"""Gives every input of a variant its tensor: one binding for static, triggered and instrumented runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EMPTY: Mapping[Any, Any] = MappingProxyType({})
 
 
 def _none(*_: Any) -> Any:
-    """Stands for what a run has none of, and no graph of it asks for."""
+    """Stands for inputs that a run does not have, and that no graph of it asks for."""
     raise LookupError("this run has none of these inputs")
 
 
@@ -33,13 +33,13 @@ class Tables:
         self.factors = Factors()
 
     def numbers(self, key: Any, values: tuple[int, ...], device: torch.device) -> Tensor:
-        """Whole numbers [n] int64."""
+        """Whole numbers [n] int64 on the device."""
         return self._known((key, values, device), lambda: torch.tensor(values, dtype=torch.int64).to(device))
 
     def coefficients(
         self, key: Any, rows: Callable[[], Sequence[Sequence[float]]], batch: int, anchors: int, device: torch.device
     ) -> Tensor:
-        """Coefficients [rows, batch, anchors] float32, the same for every sample; `key` tells equal rows."""
+        """Coefficients [rows, batch, anchors] float32, the same for every sample; `key` is equal for equal rows."""
 
         def make() -> Tensor:
             padded = [[*values, *([0.0] * (anchors - len(values)))] for values in rows()]
@@ -97,11 +97,11 @@ class Binding:
         return self.arguments[path]
 
     def coefficients(self) -> Tensor:
-        """The table that weighs anchors."""
+        """The table of coefficients that weighs anchors."""
         return self._coefficients()
 
     def anchor(self, anchor: Anchor) -> Tensor:
-        """A kept value of a site, of the samples that run."""
+        """A kept value of a site's port, for the samples that run."""
         kept = self.history[anchor.site].values
         value = kept[anchor.age if anchor.age < len(kept) else -1][anchor.port]
         if anchor.batched:
@@ -133,16 +133,16 @@ class Binding:
         return self.tables.factors.of(factor.correction, weight, bool(name))[factor.index]
 
     def seen(self, seen: Seen) -> Tensor:
-        """A watched value of the step before, or of an earlier computed step, of the samples that run."""
+        """A watched value of the step before, or of an earlier computed step, for the samples that run."""
         watch = self.watch
         value = watch.previous[seen.port] if seen.which == "previous" else watch.seen[seen.port].at(seen.which)[0]
         return value if self.chosen is None else value[self.chosen]
 
     def handed(self, handed: Handed) -> Tensor:
-        """A tensor of the prefix, of the samples that run."""
+        """A tensor that the prefix hands over, for the samples that run."""
         value = self._handed[handed.node]
         return value if self.chosen is None or not handed.batched else value[self.chosen]
 
     def number(self, key: Any, values: tuple[int, ...]) -> Tensor:
-        """Whole numbers on the device."""
+        """Whole numbers [n] int64 on the device, made once for equal `key` and `values`."""
         return self.tables.numbers(key, values, self.device)

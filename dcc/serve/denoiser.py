@@ -32,7 +32,7 @@ from dcc.variants.build import Family, build
 
 
 class Runner(Protocol):
-    """How steps are served: by a static schedule, by a trigger, or measured."""
+    """Serves steps: by a static schedule, as a trigger decides, or for a calibration."""
 
     def build(self, sites: Sites) -> Family:
         """The graphs that it runs, for one captured graph."""
@@ -50,9 +50,9 @@ class Runner(Protocol):
 class CompiledDenoiser(Handler):
     """What `dcc.compile` sets on `pipe.transformer` or `pipe.unet`: it runs where they would.
 
-    Calls take and return what the original does. It is composed of: `positions` (which step a call stands at),
-    `sessions` (state per request), `families` (the variants of each captured graph), `programs` (those lowered), and a
-    `runner` that decides and runs. `plan` may be read but not set: compile again for another plan.
+    Calls take and return what the original does. It is composed of: `positions` (which step a call is at), `sessions`
+    (state per request), `families` (the variants of each captured graph), `programs` (the lowered ones), and a `runner`
+    that decides and runs. `plan` may be read but not set: compile again for another plan.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CompiledDenoiser(Handler):
             runner = kind(plan, subject.run, self.programs, self.sessions, guard)
         self.runner = runner
         self.families = [runner.build(subject.sites)] if families is None else families
-        self.compile_seconds = 0.0  # of what came before the variants were lowered
+        self.compile_seconds = 0.0  # spent before the variants were lowered
         self._served: dict[Any, Family] = {}
         self._lock = threading.RLock()
         self._session: ContextVar[str | None] = ContextVar("session", default=None)
@@ -97,7 +97,7 @@ class CompiledDenoiser(Handler):
         return pytree.tree_unflatten(outputs, family.captured.out_spec)
 
     def with_plan(self, plan: Plan, backend: str | None = None) -> CompiledDenoiser:
-        """The same capture and recording with another plan; state, programs and counters are its own."""
+        """A denoiser for another plan, with the same captured graphs and recording, but its own state and programs."""
         families = [build(plan, family.sites, self.programs.observer) for family in self.families]
         guard = Guard(plan) if isinstance(self.guard, Guard) else self.guard
         return CompiledDenoiser(
@@ -127,7 +127,7 @@ class CompiledDenoiser(Handler):
         return self.families[-1]
 
     def entries(self) -> dict[str, Any]:
-        """What the module shows of it."""
+        """What the module shows of this denoiser."""
         return {"plan": self.plan, "summary": self.summary, "session": self.session}
 
     def warm(self, call: Call, say: Callable[[str], None] = lambda line: None) -> None:
@@ -138,7 +138,7 @@ class CompiledDenoiser(Handler):
 
     @contextlib.contextmanager
     def session(self, name: str | None = None) -> Iterator[None]:
-        """Keeps the calls inside apart from all others, for what identity cannot tell apart.
+        """Keeps the state of the calls inside apart from that of all others, where identity cannot tell them apart.
 
         Needed only to interleave, in one thread, several generations that share the very same prompt tensors. A
         session with a name may be entered again for its next call; one without is forgotten on leaving.

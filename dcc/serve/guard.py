@@ -1,7 +1,7 @@
 """The guard: adds full steps for a prompt that turns out harder than those a plan was made for; it never removes any.
 
-At an anchor the true value is at hand, so the forecast that the anchors before it would have given can be judged. Where
-it is worse than on any calibration prompt, the next gap gets one more anchor in its middle. Costs one host
+At an anchor the true value is known, so the forecast that the anchors before it would have given can be judged. Where
+it is worse than on any calibration prompt, the next gap gets one more anchor in its middle. This costs one host
 synchronisation per anchor.
 """
 
@@ -16,7 +16,7 @@ from dcc.plans.plan import Plan
 from dcc.plans.predictors import newton
 from dcc.serve.session import Anchors, Stream
 
-SLACK = 1.1  # times the largest error on the calibration prompts: what counts as harder
+SLACK = 1.1  # a prompt counts as harder above this many times the largest error on the calibration prompts
 
 
 class Guard:

@@ -1,4 +1,4 @@
-"""Where a call stands: which step of the plan, whole at the plan's own noise levels and fractional between them."""
+"""The position of a call: its step of the plan, whole at the plan's own noise levels and fractional between them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dcc.plans import mapping
 from dcc.plans.plan import Plan
 from dcc.record.seam import Position
 
-TIME_TOLERANCE = 0.05  # of the smallest gap between two levels
+TIME_TOLERANCE = 0.05  # as a share of the smallest gap between two levels
 
 
 class Positions:
@@ -24,7 +24,7 @@ class Positions:
 
     @functools.cached_property
     def smallest_gap(self) -> float | None:
-        """Between two of the plan's levels; None where there is but one."""
+        """The smallest gap between two of the plan's levels; None where all are equal."""
         gaps = [abs(a - b) for a, b in itertools.pairwise(self.plan.levels) if a != b]
         return min(gaps, default=None)
 
@@ -51,7 +51,7 @@ class Positions:
         return self.at(self._level(tensors[self.time]), last)
 
     def at(self, level: float, last: float) -> float:
-        """The step at which the noise level is this one."""
+        """The step at which the noise level is `level`; the first after `last` where there are several."""
         plan = self.plan
         tolerance = TIME_TOLERANCE * (self.smallest_gap or max(abs(level), 1.0))
         fitting = [step for step, own in enumerate(plan.levels) if abs(own - level) <= tolerance]

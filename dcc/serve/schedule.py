@@ -68,7 +68,7 @@ class Schedule:
         return turns
 
     def planned(self, step: int) -> Turn:
-        """What the plan says of a step."""
+        """The plan's turn for a step."""
         return self._turns[step]
 
     @functools.cached_property
@@ -87,7 +87,7 @@ class Schedule:
         return known[step]
 
     def rows(self, turn: Turn) -> list[tuple[float, ...]]:
-        """Rows of coefficients of the selectors that a turn forecasts: as many for each as its form has parts."""
+        """Rows of coefficients of the selectors that a turn forecasts, as many per selector as its form has parts."""
         pairs = zip(forecast_in(turn.row), turn.weights, strict=True)
         return [part for k, values in pairs for part in split(values, self.plan.parts(k))]
 
@@ -100,7 +100,7 @@ class Schedule:
         return Turn(row, weights, weights)
 
     def _between(self, family: Family, stream: Stream, step: float) -> Turn:
-        """The turn of a call at a noise level between the plan's: see mapping.py."""
+        """The turn of a call at a noise level between the plan's (plans/mapping.py)."""
         plan, last = self.plan, stream.step if stream.step >= 0 else None
         served = stream.served or [
             -1 if last is None else mapping.due(plan, k, -1, last, last) for k in range(len(plan.sites))

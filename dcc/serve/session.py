@@ -1,4 +1,4 @@
-"""Cache state: one `Stream` per request and denoiser call sequence, found by identity, shared with no other."""
+"""Cache state: one `Stream` per request and chain of denoiser calls, found by identity, shared with no other."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ MAX_STREAMS = 64  # abandoned generations beyond this many are forgotten, the ol
 
 
 class Anchors:
-    """Values of one site that were kept, newest first, and the steps that computed them."""
+    """The anchors of one site, newest first, and the steps that computed them."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
         self.values: list[tuple[Tensor, ...]] = []
 
     def keep(self, step: float, values: tuple[Tensor, ...], limit: int) -> None:
-        """Adds the newest and drops what exceeds `limit`."""
+        """Adds the newest anchor and drops what exceeds `limit`."""
         self.steps = [step, *self.steps][:limit]
         self.values = [values, *self.values][:limit]
 
     def forget(self, steps: set[int]) -> None:
-        """Drops those of these steps."""
+        """Drops the anchors of these steps."""
         kept = [(step, values) for step, values in zip(self.steps, self.values, strict=True) if step not in steps]
         self.steps, self.values = [step for step, _ in kept], [values for _, values in kept]
 
@@ -44,7 +44,7 @@ class Stream:
     served: list[int] = field(default_factory=list)  # per selector, at other noise levels than the plan's (mapping.due)
     extra: set[int] = field(default_factory=set)  # steps that the guard has computed besides the planned ones
     anchors: dict[str, Anchors] = field(default_factory=dict)  # by site
-    states: dict[State, Tensor] = field(default_factory=dict)  # of token selection
+    states: dict[State, Tensor] = field(default_factory=dict)  # states of token selection
     once: dict[Any, Held] = field(default_factory=dict)  # what no step changes, by the shapes of the call
     watch: Any = None  # a triggered.Watch, where the plan has a trigger
 
@@ -91,11 +91,11 @@ class Counts:
     missed: int = 0  # the plan says forecast, but the anchors it needs were not there
     sessions: int = 0
     guarded: int = 0  # computed because a prompt was harder than those the plan was made for
-    mapped: int = 0  # at other noise levels than the plan's
+    mapped: int = 0  # calls at other noise levels than the plan's
     forgotten: int = 0  # streams dropped because there were more than MAX_STREAMS
     peak_bytes: int = 0
     peak_hoisted: int = 0  # bytes of what no step changes, apart from the anchors' peak_bytes
-    prologues: int = 0  # times that was computed
+    prologues: int = 0  # how often what no step changes was computed
     regions: int = 0  # compiled regions entered, under a trigger
     syncs: int = 0  # times a trigger read the device
     flops: int = 0  # spent under a trigger, per sample, and what the same calls take uncached

@@ -1,4 +1,4 @@
-"""Runs a plan whose schedule is fixed before: one variant per call."""
+"""Runs a plan whose schedule is fixed beforehand: one variant per call."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class StaticRunner:
             say(f"lowering variant {index + 1} of {len(self.plan.rows)}")
             step = self.plan.schedule.index(row) if row in self.plan.schedule else 0
             turn = self.schedule.planned(step)
-            # what other rows write may be of half the batch, or of some tokens
+            # what other rows write may have half the batch, or some tokens only
             own = stream if is_full(row) else stream.copy()
             self.run(family, call, own, step, turn if turn.row == row else Turn(row))
 

@@ -31,11 +31,11 @@ class Summary:
     sessions: int
     cache_bytes: int
     problems: tuple[str, ...]
-    speedup: float  # of FLOPs: as planned, or, under a trigger, so far
+    speedup: float  # in FLOPs: as planned, or, under a trigger, so far
     syncs: int = 0
     regions: int = 0
-    hoisted_bytes: int = 0  # of what no step changes, held beside the cache
-    prologues: int = 0  # times that was computed
+    hoisted_bytes: int = 0  # bytes of what no step changes, held beside the cache
+    prologues: int = 0  # how often what no step changes was computed
 
     @classmethod
     def of(

@@ -33,13 +33,13 @@ Chosen = Tensor | None  # indices of the samples a region runs for; None for all
 
 @dataclass
 class Ring:
-    """Past values of one thing, newest first, each sample with steps of its own: `steps[i]` are those of sample i."""
+    """Past values of a site or a port, newest first; samples have steps of their own: `steps[i]` are sample i's."""
 
     values: list[tuple[Tensor, ...]] = field(default_factory=list)
     steps: list[list[float]] = field(default_factory=list)
 
     def keep(self, step: float, values: tuple[Tensor, ...], chosen: Chosen, batch: int, limit: int) -> None:
-        """Adds the values of the chosen samples; those of the others stay what and where they are."""
+        """Adds the values of the chosen samples; the values of the others stay as they are."""
         self.steps = self.steps or [[] for _ in range(batch)]
         for i in range(batch) if chosen is None else chosen.tolist():
             self.steps[i] = [step, *self.steps[i]][:limit]
@@ -55,7 +55,7 @@ class Ring:
         self.values = shifted
 
     def at(self, age: int) -> tuple[Tensor, ...]:
-        """The values `age` steps back; where fewer are there, the oldest."""
+        """The values of this age, 0 being the newest; where fewer are there, the oldest."""
         return self.values[min(age, len(self.values) - 1)]
 
     def bytes(self) -> int:
@@ -78,8 +78,8 @@ class Watch:
     """What a stream keeps for its trigger and its forecasts."""
 
     memories: list[Memory]
-    rings: dict[str, Ring] = field(default_factory=dict)  # of the cached sites
-    seen: dict[Port, Ring] = field(default_factory=dict)  # of the watched values, at computed steps
+    rings: dict[str, Ring] = field(default_factory=dict)  # values of the cached sites
+    seen: dict[Port, Ring] = field(default_factory=dict)  # values of the watched ports, at computed steps
     previous: dict[Port, Tensor] = field(default_factory=dict)
     over: list[Over] = field(default_factory=list)
 
@@ -104,7 +104,7 @@ class TriggeredRunner:
         return build(self.plan, sites, self.programs.observer)
 
     def warm(self, family: Family, call: Call, say: Callable[[str], None]) -> None:
-        """Lowers and checks the start, the prefix, and a row that computes and one that forecasts."""
+        """Lowers and checks the start, the prefix, a row that computes and one that forecasts."""
         stream, full = Stream("warm"), _graphs(family).full
         for index, row in enumerate((None, full, self.trigger.sample_row(len(full)))):
             say(f"lowering variant {index + 1} of 3")
@@ -112,7 +112,7 @@ class TriggeredRunner:
 
     def serve(self, family: Family, call: Call, stream: Stream, step: float) -> list[Tensor]:
         """The denoiser's outputs for one step of one stream."""
-        if step != int(step):  # a run of other noise levels: the trigger decides there as it does here
+        if step != int(step):  # a run of other noise levels: the trigger decides there as it does at the plan's
             stream.served = stream.served or [0]
             self.sessions.count("mapped")
         return self._step_through(family, call, stream, step, None)
@@ -187,7 +187,7 @@ class TriggeredRunner:
         return rows, values, weights
 
     def _look(self, graphs: TriggerGraphs, call: Call, watch: Watch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Runs the prefix: the tensors that it hands over, and its numbers by measure."""
+        """Runs the prefix; returns the tensors that it hands over, and its numbers by measure."""
         if graphs.prefix is None:
             return {}, {}
         binding = Binding(self.tables, graphs.captured, call, 0, watch=watch)
@@ -275,7 +275,7 @@ class TriggeredRunner:
         return table.float().to(device)
 
     def _call(self, variant: Variant, call: Call, binding: Binding) -> dict[Output | str | int, Tensor]:
-        """Outputs of a region: all by their place, those after the denoiser's own also by what they are."""
+        """Runs a region; returns all outputs by their index, those after the denoiser's own also by what they are."""
         inputs = binding.of(variant.takes)
         self.sessions.add(regions=1)
         outputs = self.programs.of(variant, call, inputs)(inputs)
@@ -297,7 +297,7 @@ def _pick(tensor: Tensor, who: Chosen, batched: bool = True) -> Tensor:
 
 
 def _part(graphs: TriggerGraphs, call: Call, who: Tensor) -> Call:
-    """The call of the chosen samples."""
+    """`call` for the chosen samples."""
     inputs = graphs.captured.inputs
     pairs = zip(call.names, call.tensors, strict=True)
     return replace(call, tensors=tuple(_pick(t, who, graphs.batched(inputs[name])) for name, t in pairs))

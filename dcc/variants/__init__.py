@@ -1,1 +1,1 @@
-"""From a plan and a captured graph to the rewritten graphs of its rows, and what they cost."""
+"""Makes the variants of a plan from a captured graph: the rewritten graphs of its rows, and what they cost."""

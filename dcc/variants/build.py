@@ -1,4 +1,4 @@
-"""From a plan to the graphs of its variants."""
+"""Builds the variants of a plan for one captured graph."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dcc.variants.variant import Variant, variant
 
 @dataclass
 class Family:
-    """One captured signature: its graph, the sites of the plan in it, and a variant per distinct row."""
+    """One captured graph, the sites of the plan in it, and one variant per distinct row."""
 
     captured: Captured
     sites: Sites
     selectors: tuple[tuple[Site, ...], ...]
     variants: dict[tuple[int, ...], Variant]
     graphs: TriggerGraphs | None = None  # where the plan has a trigger
-    prologue: Prologue = field(default_factory=Prologue)  # of what no step changes
+    prologue: Prologue = field(default_factory=Prologue)  # computes what no step changes
 
     @property
     def halves(self) -> bool:

@@ -3,7 +3,7 @@
 - {"corrector": {"kind": "low_rank", "rank": 16, "channels": path or null}}, for sites of kind "linear": the value is
   kept relative to x W_r, W_r being the approximation of the layer's live weight W at that rank. With y_c and x_c of the
   anchor, the forecast y_c - x_c W_r + x W_r is y_c + (x - x_c) W_r, which is ICC (arXiv 2505.05829), and one tensor is
-  kept instead of two. `channels` is a safetensors file of one tensor [C] a site: how much each channel of x matters.
+  kept instead of two. `channels` is a safetensors file of one tensor [C] per site: how much each channel of x matters.
 - {"corrector": {"kind": "linear", "weights": path}}, for residual sites: what a block does is kept relative to a
   linear map of its input that was fitted before: `<site>.weight` [C, C] and `<site>.bias` [C] in a safetensors file,
   and `<site>.<port>.weight` for further values of the site. FastCache (arXiv 2505.20353) takes the map alone.
@@ -62,7 +62,7 @@ def map_flops(made: Sequence[Correction], sites: Sites) -> int:
 
 
 class Factors:
-    """The matrices of maps on the device of the weights; made when first asked for, and again for another weight.
+    """The matrices of maps, on the device of the weights; made when first asked for, and again for another weight.
 
     A weight that is changed in place unseen by autograd (`weight.data += ...`) is not noticed: the map then stays
     the old one, which makes forecasts a little worse and computed steps no different.

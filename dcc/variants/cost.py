@@ -50,7 +50,7 @@ def cost(plan: Plan, sites: Sites) -> Plan:
 def row_flops(
     sites: Sites, selected: Sequence[Sequence[Site]], row: Sequence[int], forms: Sequence[Form | None] = ()
 ) -> int:
-    """FLOPs of one call that forecasts the sites that the row does not compute, but for the tokens it refreshes."""
+    """FLOPs of one call that forecasts the sites that the row does not compute, except the tokens it refreshes."""
     skipped = [s for k, decision in enumerate(row) if decision != Decision.COMPUTE for s in selected[k]]
     forecast = [p for s in skipped if s.kind != GUIDANCE for p in s.ports]
     whole = refresh_flops(sites, forecast, refreshes(sites, selected, forms, row))

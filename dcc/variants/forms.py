@@ -1,4 +1,4 @@
-"""What passes do for the forms of a plan with the sites of one graph."""
+"""What the forms of a plan ask passes to do with the sites of one graph."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from dcc.plans.plan import Plan
 from dcc.plans.predictors import Predictor
 from dcc.record.call import Call
 
-LOW_PART = 5  # FasterCache's low frequencies reach to the fifth part of the shorter side
+LOW_PART = 5  # FasterCache's low frequencies reach to a fifth of the shorter side
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative distance of equal halves; 2e-2 at lower precision
 
 
@@ -81,10 +81,10 @@ def weighed_bands(
 ) -> dict[str, Any]:
     """FasterCache's form of `uncond` (arXiv 2410.19355): its low and high frequencies, each with a weight and a window.
 
-    A band is multiplied by its weight at every step that reuses it at a timestep, of 1000, inside its window; {} where
-    both weights are 1. Low are at most min(H, W) // 5 waves across the picture, as released; the cosine transform,
-    which takes the place of the released Fourier transform, counts half waves. An output of tokens whose grid no input
-    tells is split along the tokens.
+    A band is multiplied by its weight at every step that reuses it at a timestep, of 1000, inside its window. The form
+    is {} where both weights are 1. Low frequencies are at most min(H, W) // 5 waves across the picture, as released;
+    the cosine transform, which takes the place of the released Fourier transform, counts half waves. An output of
+    tokens whose grid no input tells is split along the tokens.
     """
     if all(weight == 1 for weight in weights):
         return {}

@@ -36,9 +36,9 @@ class Held:
 class Prologue:
     """The graph that computes once what no step changes; without `names` there is nothing to compute.
 
-    `inputs` are what it takes, `names` the nodes of the captured graph whose values it gives, `fixed` the places of the
-    inputs whose values it reads; others give their sizes only. It runs eagerly: lowering takes longer than one run per
-    request saves.
+    `inputs` are what it takes, `names` the nodes of the captured graph whose values it gives, `fixed` the indices of
+    the inputs whose values it reads; of others it reads the sizes only. It runs eagerly, because lowering takes longer
+    than one run per request saves.
     """
 
     graph_module: GraphModule | None = None
@@ -51,8 +51,8 @@ class Prologue:
     ) -> dict[str, Tensor]:
         """The held values by node; they are computed where they are not held yet.
 
-        `given` is the call as the caller made it, whose tensors' identity counts, `held` what the stream holds, by the
-        shapes of the call; `weigh` is called after a run.
+        `given` is the call as the caller made it, because the identity of its tensors counts; `held` is what the stream
+        holds, by the shapes of the call; `weigh` is called after a run.
         """
         own = dict(zip(given.names, given.tensors, strict=True))
         taken = [self.inputs[index] for index in self.fixed]

@@ -40,7 +40,7 @@ class Options:
 
     @classmethod
     def from_env(cls) -> Options:
-        """Raises OptionError, listing the good values, for a bad one."""
+        """The options that the environment sets. Raises OptionError, listing the good values, for a bad one."""
         names = [p.name for p in rewrites.PASSES]
         debug = os.environ.get("DCC_DEBUG", "0") or "0"
         if debug not in ("0", "1", "2", "3"):

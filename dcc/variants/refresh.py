@@ -1,4 +1,4 @@
-"""Which tokens of which sites a row computes afresh: from a plan's TokensForms to passes/refresh_tokens.py."""
+"""Which tokens of which sites a row computes afresh: what a plan's TokensForms ask of passes/refresh_tokens.py."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def refreshes(
 
 
 def region_of(sites: Sites, nodes: dict[str, Node], site: Site) -> tuple[Region, Node]:
-    """What makes a site's value token by token, and the sum that takes the value up (or the value itself).
+    """What makes a site's value token by token, and the sum that the value is added in (or the value itself).
 
     Raises PlanError, with the reason, where there is none.
     """
@@ -82,7 +82,7 @@ def holds_output_tokens(sites: Sites, site: Site) -> bool:
 
 
 def refresh_flops(sites: Sites, forecast: Sequence[Any], refreshed: Sequence[Refresh]) -> int:
-    """FLOPs of one call: what forecasts leave to be computed, and the share of each refreshed region.
+    """FLOPs of one call: what forecasts leave to be computed, and the computed share of each refreshed region.
 
     The choice of tokens is not counted.
     """
@@ -119,7 +119,7 @@ def _share(refresh: Refresh, nodes: dict[str, Node], sites: Sites) -> float:
 
 
 def _led(refresh: Refresh, found: list[Refresh], nodes: dict[str, Node], sums: dict[str, Node]) -> Refresh:
-    """With the site whose tokens it shares clusters with: the last of as many tokens."""
+    """The refresh with its leader, whose clusters it shares: the last clustered site with as many tokens."""
     if refresh.select != "cluster":
         return refresh
     own = _tokens(nodes, refresh.site)

@@ -45,7 +45,7 @@ class Selection:
 
     @classmethod
     def of(cls, plan: Plan, sites: Sites, observer: Observer, hoist: bool = True) -> Selection:
-        """Selects; `hoist` takes what no step changes out of the variants, where that pays.
+        """The selection for one captured graph; `hoist` takes what no step changes out of variants, where that pays.
 
         Raises PlanError where a form does not fit its sites.
         """
@@ -84,7 +84,7 @@ class Selection:
 
 
 def cache_orders(computed: Sequence[Site], groups: Sequence[Group], table: Table) -> list[Order]:
-    """What keeps the computed sites and forecasts the groups; guidance sites have a pass of their own."""
+    """The orders that keep the computed sites and forecast the groups; guidance sites have a pass of their own."""
 
     def parts(guidance: bool) -> tuple[tuple[Site, ...], tuple[Group, ...]]:
         some = [

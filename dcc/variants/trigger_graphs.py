@@ -30,7 +30,10 @@ MAX_ROWS = 16  # distinct rows that one captured graph is lowered for
 
 
 class TriggerGraphs:
-    """Variants are made when a row is first wanted; `make(row, name)` runs the passes on a copy of the graph."""
+    """The prefix and suffixes of one captured graph, made when a row is first asked for.
+
+    `make(row, name)` runs the passes on a copy of the graph.
+    """
 
     def __init__(
         self, plan: Plan, sites: Sites, selected: Sequence[Sequence[Site]], make: Callable[[Row, str], Variant]
@@ -60,7 +63,7 @@ class TriggerGraphs:
         self.row(trigger.sample_row(len(self.full)))
 
     def row(self, row: tuple[int, ...]) -> Variant:
-        """The suffix of a row; where MAX_ROWS are there already, raises KeyError (see `admitted`)."""
+        """The suffix of a row. Raises KeyError for a new row where MAX_ROWS are there already (see `admitted`)."""
         if row not in self.rows:
             if len(self.rows) >= MAX_ROWS:
                 raise KeyError(row)
@@ -75,7 +78,7 @@ class TriggerGraphs:
         return self.rows[row]
 
     def admitted(self, row: tuple[int, ...]) -> tuple[int, ...]:
-        """The row itself, or, where no more rows are lowered, the known one that computes it all and least besides."""
+        """The row itself, or, where no more rows are lowered, the cheapest known one that computes all it computes."""
         if row in self.rows or len(self.rows) < MAX_ROWS:
             return row
         covering = [known for known in self.rows if all(k in (1, r) for k, r in zip(known, row, strict=True))]
@@ -135,7 +138,7 @@ class TriggerGraphs:
         return Row((*orders, Measures(tuple(ports), tuple(looks), self.plan.anchors)))
 
     def look(self, measure: Measure) -> Look:
-        """What the graph measures for it."""
+        """What the graph has to return for a trigger's measure."""
         return Look(self.ports[measure], measure.against, measure.norm)
 
     def _port(self, measure: Measure) -> Port:

@@ -13,7 +13,7 @@ TOKENS, CHANNELS, DRAWS = 64, 384, 60
 
 
 def shared_mean():
-    """All tokens share a mean, as behind a modulation."""
+    """All tokens share a mean, as after a modulation."""
     return torch.randn(1, CHANNELS) + 0.3 * torch.randn(TOKENS, CHANNELS)
 
 

@@ -21,7 +21,7 @@ STEPS = 7
 
 
 class Block(nn.Module):
-    """Attention and MLP on a plain residual stream, or behind gates that move with the time."""
+    """Attention and MLP on a plain residual stream, or added to it through gates that move with the time."""
 
     def __init__(self, gated: bool) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Four blocks; `looked` also gives the value behind the second to the head."""
+    """Four blocks; `looked` also gives the value after the second to the head."""
 
     def __init__(self, gated: bool = False, looked: bool = False) -> None:
         super().__init__()

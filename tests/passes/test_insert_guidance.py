@@ -36,7 +36,7 @@ def guided(graph_module):
 
 
 def rewritten(graph_module, row):
-    """After all that stands before and behind in the pipeline."""
+    """After all passes that come before and after it in the pipeline."""
     for each in (InsertCacheWrites(), InsertCacheReads(), InsertGuidance(), InsertForecasts(), DropDeadNodes()):
         each.run(graph_module, row)
         verify(graph_module, each.name)

@@ -56,7 +56,7 @@ def rewritten(graph_module, refresh, anchors=1):
 
 
 def state(value, refresh=RANDOM, anchor=None):
-    """What a session holds behind a full step whose value of the site was `anchor`."""
+    """What a session holds after a full step whose value of the site was `anchor`."""
     anchor = torch.zeros_like(value) if anchor is None else anchor
     return {
         "coefficients": torch.ones(1, len(value), 1),

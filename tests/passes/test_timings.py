@@ -23,7 +23,7 @@ def test_every_node_is_timed(build):
 
 
 def test_the_median_leaves_one_slow_call_out(build, monkeypatch):
-    """The clock shows 1 s for nodes of the first call, 5 s for those of one other, 2 s else; 4 nodes a call."""
+    """The clock shows 1 s for nodes of the first call, 5 s for those of one other, 2 s else; 4 nodes per call."""
     values = {"x": torch.randn(1, 4), "w": torch.randn(4, 4)}
     graph_module = build(product, **values)
     nodes = len(graph_module.graph.nodes)
