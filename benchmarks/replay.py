@@ -3,8 +3,9 @@
     python benchmarks/replay.py write FOLDER [--only REGEX]     with the dcc that python finds
     python benchmarks/replay.py compare FOLDER FOLDER
 
-Runs eagerly, on one thread, so that equal arithmetic gives equal bits; each policy at its defaults (those that
-need a trained mask or weights are left out), and two searched plans. A refusal counts too: its text is kept. `compare` prints what differs and ends with an error where anything does.
+Runs eagerly, on one thread, so that equal arithmetic gives equal bits: each policy at its defaults (those that need a
+trained mask or weights are left out), and two searched plans. A refusal counts too: its text is kept. `compare` prints
+what differs and ends with an error where anything does.
 Uses public names only, so that it runs on older versions as well (0.6.0 and later).
 """
 

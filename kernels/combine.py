@@ -166,7 +166,7 @@ def check_anchors(coefficients: Tensor, anchors: list[Tensor], per_sample: bool)
     check(1 <= len(anchors) <= most, f"1 to {most} anchors", *anchors)
     alike = {(anchor.shape, anchor.dtype) for anchor in anchors}
     check(len(alike) == 1, "anchors of one shape and dtype", *anchors)
-    check(not per_sample or coefficients.shape[1] == anchors[0].shape[0], "a row a sample", coefficients, *anchors)
+    check(not per_sample or coefficients.shape[1] == anchors[0].shape[0], "a row per sample", coefficients, *anchors)
 
 
 @torch.library.custom_op("dcc::combine", mutates_args=())

@@ -33,8 +33,8 @@ def level_cut(level: int, all_levels: list[set[str]], flow: Dataflow, costs: Map
     """Names of the values to cache at `level` (1 is the first below the finest); empty where no cut exists."""
     deep = set().union(*all_levels[level:])
     shallow = set().union(*all_levels[:level])
-    behind = flow.depends_on(deep) & shallow
-    return flow.cheapest_cut(deep, behind, costs) if behind else []
+    after = flow.depends_on(deep) & shallow
+    return flow.cheapest_cut(deep, after, costs) if after else []
 
 
 def skip_pairs(graph_module: GraphModule, flow: Dataflow) -> list[tuple[str, str]]:

@@ -123,14 +123,14 @@ def _region(members: set[Node], others: set[Node], order: dict[Node, int]) -> Re
     """
     ordered = sorted(members, key=order.__getitem__)
     window = _between(ordered[0], ordered[-1])
-    behind, before = set(members), set(members)
+    after, before = set(members), set(members)
     for node in window:
-        if any(source in behind for source in node.all_input_nodes):
-            behind.add(node)
+        if any(source in after for source in node.all_input_nodes):
+            after.add(node)
     for node in reversed(window):
         if any(user in before for user in node.users):
             before.add(node)
-    inside = behind & before
+    inside = after & before
     if inside & others:
         return None
     for node in reversed(window):

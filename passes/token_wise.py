@@ -131,7 +131,7 @@ def _aligned(node: Node, tokens: int) -> list[Node] | str:
         if dimension < 0 or sizes(other)[dimension] == 1:
             continue
         if dimension == 0:
-            return f"{other.name} has a row a token, but no batch"
+            return f"{other.name} has a row per token, but no batch"
         found.append(other)
     return _carrying(found, tokens)
 

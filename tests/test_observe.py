@@ -89,7 +89,7 @@ def test_dump_writes_one_file_a_pass(stack, tmp_path):
     assert (folder / names[-1]).read_text() == text(graph_module)
 
 
-def test_until_stops_behind_the_named_pass(stack):
+def test_until_stops_after_the_named_pass(stack):
     observer, _ = run_all(stack, until="insert_cache_reads")
     assert [name for _, name, _, _ in observer.records] == upto("insert_cache_reads")
 

@@ -93,7 +93,7 @@ def check(model: str, draft: Draft) -> None:
     theirs = tiny.generate(model, lambda step, kwargs: oracle(history, step, kwargs), 3)
     for step, ((output, sample), (expected, expected_sample)) in enumerate(zip(ours, theirs, strict=True)):
         assert_close(output, expected, f"output of step {step}")
-        assert_close(sample, expected_sample, f"sample behind step {step}")
+        assert_close(sample, expected_sample, f"sample after step {step}")
     counts = net.sessions.counts
     full = sum(all(row) for row in draft.schedule)
     assert (counts.computed, counts.forecast, counts.missed) == (full, tiny.STEPS - full, 0)

@@ -149,7 +149,7 @@ def test_printed_form():
         "  scheduler   FlowMatchEulerDiscreteScheduler, 5 steps, levels 900 to 100\n"
         "  steps mask  11010  (3 full steps of 5)\n"
         "  site        stack: 11010\n"
-        "  expected    1.56x fewer FLOPs (50.00 to 32.00 GFLOP a run and stream), 2.00 MiB of anchors, 2 variants"
+        "  expected    1.56x fewer FLOPs (50.00 to 32.00 GFLOP per run and stream), 2.00 MiB of anchors, 2 variants"
     )
 
 

@@ -26,7 +26,7 @@ def decide(name, pipeline="unet", **parameters):
     return make_policy(name, demo_run(pipeline).setting, parameters)
 
 
-def test_t_gate_freezes_cross_attention_and_drops_guidance_behind_the_gate():
+def test_t_gate_freezes_cross_attention_and_drops_guidance_after_the_gate():
     found = masks(decide("t_gate", gate_step=6, sp_interval=3, fi_interval=2))
     assert found == {"self": "111001" + "101010", "cross": "111111" + "000000", "uncond": "111111" + "000000"}
     assert decide("t_gate").caches[-1].predictor == Predictor("zero")

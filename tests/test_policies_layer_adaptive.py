@@ -90,7 +90,7 @@ def test_bac_updates_each_branch_where_it_turns(setting):
     assert list(bac(setting, bu_blocks=0).values()) == ["10010000", "10100000", "10000010", "10000100"]
 
 
-def test_bubbling_union_updates_the_mlps_of_most_change_with_those_behind_them(setting):
+def test_bubbling_union_updates_the_mlps_of_most_change_with_those_after_them(setting):
     union = {"blocks.0/mlp": "10100100", "blocks.1/mlp": "10000100"}
     assert union.items() <= bac(setting, sizes=(1, 2, 9, 1), bu_blocks=1).items()
     assert union.items() <= bac(setting, bu_blocks=3).items()

@@ -51,7 +51,7 @@ def test_a_schedule_and_a_predictor(policy, parameters, site, mask, predictor):
         assert cached.predictor == predictor
 
 
-def test_taylorseer_lite_without_a_value_behind_the_last_block_takes_the_output():
+def test_taylorseer_lite_without_a_value_after_the_last_block_takes_the_output():
     assert one("taylorseer_lite", bare(sites=())).site == "output"
 
 

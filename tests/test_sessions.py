@@ -50,7 +50,7 @@ def assert_same(actual: Outputs, expected: Outputs) -> None:
     assert len(actual) == len(expected)
     for step, ((output, sample), (other_output, other_sample)) in enumerate(zip(actual, expected, strict=True)):
         assert torch.equal(output, other_output), f"output of step {step}"
-        assert torch.equal(sample, other_sample), f"sample behind step {step}"
+        assert torch.equal(sample, other_sample), f"sample after step {step}"
 
 
 def interleave(generations: list[Iterator[Any]], order: list[int]) -> list[list[Any]]:

@@ -157,7 +157,7 @@ def test_a_dicache_forecast_is_the_published_formula() -> None:
     r0, r1 = (v[stack.out] - v[stack.base] for v in values[:2])
     head = values[2][stack.base] + r0 + gain * (r1 - r0)
     assert torch.allclose(
-        _behind(net, _call(net, tiny.arguments(MODEL, prompt, sample, 2)), stack.out, head), outputs[2], atol=1e-4
+        _after(net, _call(net, tiny.arguments(MODEL, prompt, sample, 2)), stack.out, head), outputs[2], atol=1e-4
     )
 
 
@@ -187,7 +187,7 @@ def _values(net: dcc.CompiledDenoiser, call: Any, given: dict[str, Tensor] | Non
     return run.values
 
 
-def _behind(net: dcc.CompiledDenoiser, call: Any, name: str, value: Tensor) -> Tensor:
+def _after(net: dcc.CompiledDenoiser, call: Any, name: str, value: Tensor) -> Tensor:
     values = _values(net, call, {name: value})
     from dcc.passes.graph import output_node
 
@@ -203,7 +203,7 @@ def test_a_plan_with_a_trigger_survives_its_file(tmp_path: Any) -> None:
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, again, strict=True))
 
 
-def test_a_trigger_may_not_look_behind_what_it_caches() -> None:
+def test_a_trigger_may_not_look_after_what_it_caches() -> None:
     base = tiny.base(MODEL)
     plan = make_plan(
         model=base.plan.model,
@@ -216,7 +216,7 @@ def test_a_trigger_may_not_look_behind_what_it_caches() -> None:
         parameters={},
         trigger=Accumulate("hidden", 0.1),
     )
-    with pytest.raises(PolicyError, match=r"the trigger looks behind the cached site 'blocks\[0:1\]'"):
+    with pytest.raises(PolicyError, match=r"the trigger looks after the cached site 'blocks\[0:1\]'"):
         base.with_plan(plan)
 
 

@@ -93,7 +93,7 @@ class Sites:
             if site is not None:
                 self.named[name] = site
         if name not in self.named and (match := AFTER.match(name)) and int(match[1]) < len(self.order):
-            self.named[name] = _Finder(self).value_behind(name, self.order[int(match[1])])
+            self.named[name] = _Finder(self).value_after(name, self.order[int(match[1])])
         if name.startswith(f"{LINEAR}:") and name in (layers := self._linears()):
             return layers[name]
         if name not in self.named and name.endswith("/heads"):
@@ -102,7 +102,7 @@ class Sites:
         if name == "uncond" and name not in self.named:
             raise SiteError(
                 "no site 'uncond': as recorded, this denoiser is not called with a merged guidance batch "
-                "[unconditional; conditional]; it has no guidance, or two calls a step, neither with a half to spare"
+                "[unconditional; conditional]; it has no guidance, or two calls per step, neither with a half to spare"
             )
         if name not in self.named:
             near = difflib.get_close_matches(name, [*self.named, *GROUPS], n=4, cutoff=0.5)
@@ -327,7 +327,7 @@ class _Finder:
             ports.append(Port(node.name, base.name if base is not None else None))
         return self.site(name, "residual" if any(port.base for port in ports) else "value", ports) if ports else None
 
-    def value_behind(self, name: str, block: Block) -> Site:
+    def value_after(self, name: str, block: Block) -> Site:
         """The site of the values that leave a block, kept as they are and not as a residual."""
         leaving = block_analysis.leaving(self.nodes, set(block.nodes), self.moving)
         return self.site(name, "value", [Port(node.name) for node in leaving])

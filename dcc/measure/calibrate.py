@@ -131,7 +131,7 @@ class Accumulated:
             if sorted(taken.seen) != list(range(steps)):
                 raise ProfileError(
                     f"{prompt}: stream {label!r} was called at {len(taken.seen)} of {steps} steps; a calibration needs "
-                    "loops that call every stream once a step, like the recorded one"
+                    "loops that call every stream once per step, like the recorded one"
                 )
         if not self.done:
             self.streams = list(run.taken)

@@ -189,7 +189,7 @@ class Profile:
             title_justify="left",
             caption_justify="left",
         )
-        for name in ("site", "kind", "FLOPs saved", "time saved", "anchor", "change a step", "1 - cosine a step"):
+        for name in ("site", "kind", "FLOPs saved", "time saved", "anchor", "change per step", "1 - cosine per step"):
             table.add_column(name, justify="left" if name in ("site", "kind") else "right")
         branches = [cost.name for cost in self.costs if "/" in cost.name]
         for cost in self.costs:

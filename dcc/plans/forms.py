@@ -106,7 +106,7 @@ class TokensForm(Form):
         ratio = fields.get("ratio")
         ratio = tuple(ratio) if isinstance(ratio, (list, tuple)) else ratio
         if not all(0 < share <= 1 for share in _listed(1.0 if ratio is None else ratio)):
-            raise PlanError("'tokens' must have a ratio in (0, 1], or a list of them, one a site")
+            raise PlanError("'tokens' must have a ratio in (0, 1], or a list of them, one per site")
         options = tuple((name, fields[name]) for name in SELECTORS[select])
         return cls(select, ratio, options, tuple(fields))
 
@@ -223,7 +223,7 @@ class ClustersForm(Form):
         _check_names(cls.kind, fields, ("of_channel", "predictors"))
         labels, predictors = fields["of_channel"], fields["predictors"]
         if not isinstance(predictors, (list, tuple)) or not predictors:
-            raise PlanError("'clusters' must have a list of predictors, one a cluster")
+            raise PlanError("'clusters' must have a list of predictors, one per cluster")
         good = isinstance(labels, (list, tuple)) and labels and all(isinstance(v, int) and v >= 0 for v in labels)
         if not good or set(labels) != set(range(len(predictors))):
             raise PlanError(

@@ -177,7 +177,7 @@ class Plan:
             return "\n".join(lines)
         lines.append(
             f"  expected    {self.speedup:.2f}x fewer FLOPs ({self.flops_uncached / 1e9:.2f} to {self.flops / 1e9:.2f} "
-            f"GFLOP a run and stream), {self.cache_bytes / 2**20:.2f} MiB of anchors, "
+            f"GFLOP per run and stream), {self.cache_bytes / 2**20:.2f} MiB of anchors, "
             f"{len(self.rows)} variants"
         )
         if self.measured:
@@ -330,14 +330,14 @@ def _check_table(plan: Plan, require: Callable[[bool, str, str], None]) -> None:
         require(
             len(table) == steps and all(isinstance(row, tuple) and len(row) == width for row in table),
             name,
-            f"must have {steps} rows (one a level) of {width} (one a site)",
+            f"must have {steps} rows (one per level) of {width} (one per site)",
         )
     for name in ("predictors", "forms"):
         value = getattr(plan, name)
         require(
             isinstance(value, tuple) and len(value) in (0, width),
             name,
-            f"must be empty or hold {width} objects, one a site",
+            f"must be empty or hold {width} objects, one per site",
         )
     require(bool(plan.predictors) == bool(plan.trigger), "predictors", "must be there with a trigger, and only then")
     for form in plan.forms:

@@ -359,12 +359,12 @@ class Layerwise(Trigger):
             return True
         if not self.prefix:
             return tuple(int(not ok) for ok in within)
-        return self._behind(max(index for index, ok in enumerate(within) if ok))
+        return self._after(max(index for index, ok in enumerate(within) if ok))
 
     def sample_row(self, sites: int) -> tuple[int, ...]:
-        return self._behind(sites - 1) if self.prefix else (0,) * sites
+        return self._after(sites - 1) if self.prefix else (0,) * sites
 
-    def _behind(self, last: int) -> tuple[int, ...]:
+    def _after(self, last: int) -> tuple[int, ...]:
         return tuple(IDLE if index < last else int(index > last) for index in range(len(self.sites)))
 
     def learn(self, memory: Memory, step: int, computed: bool, values: Values) -> None:

@@ -201,7 +201,7 @@ def given_mask(setting: Setting, steps_mask: Sequence[int]) -> tuple[int, ...]:
     """A caller's own mask. Raises PolicyError unless it has a 0 or 1 for every step and begins with 1."""
     mask = list(steps_mask) if isinstance(steps_mask, Sequence) else [steps_mask]
     if len(mask) != setting.steps or any(v not in (0, 1) for v in mask):
-        raise PolicyError(f"steps_mask must be {setting.steps} numbers 0 or 1, one a step; got {len(mask)}: {mask}")
+        raise PolicyError(f"steps_mask must be {setting.steps} numbers 0 or 1, one per step; got {len(mask)}: {mask}")
     if not mask[0]:
         raise PolicyError("steps_mask must begin with 1: there is nothing to forecast the first step from")
     return tuple(int(v) for v in mask)
@@ -240,9 +240,9 @@ def read_table(table: Sequence[Sequence[float]] | str) -> list[list[float]]:
         except (OSError, ValueError, SafetensorError) as error:
             raise PolicyError(f"mask={path!r}: cannot be read as one {kind} table: {error}") from error
     if not isinstance(table, Sequence) or not all(isinstance(row, Sequence) for row in table):
-        raise PolicyError("mask must be a list of rows, one a step, or a .json or .safetensors file that holds one")
+        raise PolicyError("mask must be a list of rows, one per step, or a .json or .safetensors file that holds one")
     if any(not isinstance(value, (int, float)) for row in table for value in row):
-        raise PolicyError("mask must hold numbers only, one a step and branch")
+        raise PolicyError("mask must hold numbers only, one per step and branch")
     rows: Any = table
     return [list(row) for row in rows]
 

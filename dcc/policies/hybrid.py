@@ -208,7 +208,7 @@ def duca(
     source="arXiv 2509.10312",
     checked="C",
     sites="attention and MLP branches",
-    trigger="every N-th step; one token a cluster",
+    trigger="every N-th step; one token per cluster",
     predictor="taylor",
 )
 def clusca(
@@ -442,7 +442,7 @@ def fastercache(
     title="HyCa",
     source="arXiv 2510.04188",
     checked="D",
-    sites="hidden: the value behind the last block; branches in the paper too",
+    sites="hidden: the value after the last block; branches in the paper too",
     trigger="every N-th step",
     predictor="the best solver of a pool for each cluster of channels",
     needs="one run",

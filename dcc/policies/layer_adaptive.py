@@ -133,7 +133,7 @@ def bwcache(setting: Setting, *, threshold: float = 0.15, reuse: float = 0.1) ->
     title="Foresight",
     source="arXiv 2506.00329",
     checked="C",
-    sites="value behind each block",
+    sites="value after each block",
     trigger="change of each block's output against its own at warm-up",
     predictor="copy",
     syncs="at computed steps only",
@@ -243,8 +243,8 @@ def bac(setting: Setting, *, interval: int = 3, bu_blocks: int = 3) -> Policy:
     ranked = sorted(mlps, key=lambda name: -float(np.mean(distances(setting, name, relative=False))))
     for name in mlps[::-1]:
         if name in ranked[:bu_blocks]:
-            behind = [masks[other] for other in mlps[mlps.index(name) :]]
-            masks[name] = tuple(map(max, zip(*behind, strict=True)))
+            after = [masks[other] for other in mlps[mlps.index(name) :]]
+            masks[name] = tuple(map(max, zip(*after, strict=True)))
     return Policy(tuple(Cached(name, mask) for name, mask in masks.items()))
 
 
@@ -337,7 +337,7 @@ def feb_cache(setting: Setting, *, interval: int = 3, table: Sequence[int] | Non
     rule = [0 if s % interval == 0 else 1 if s % interval == interval - 1 else 2 for s in steps]
     chosen = rule if table is None else list(table) if isinstance(table, Sequence) else []
     if len(chosen) != setting.steps or set(chosen) - {0, 1, 2} or chosen[0] != 0:
-        raise PolicyError(f"table must be {setting.steps} numbers 0, 1 or 2, one a step, the first of them 0")
+        raise PolicyError(f"table must be {setting.steps} numbers 0, 1 or 2, one per step, the first of them 0")
     attention = tuple(int(value == 0) for value in chosen)
     mlp = tuple(int(value != 2) for value in chosen)
     groups = [("self", attention), ("heads", attention), ("cross", attention), ("mlp", mlp), ("joint", mlp)]

@@ -55,7 +55,7 @@ def taylorseer(
     title="TaylorSeer-Lite",
     source="arXiv 2503.06923, repository Shenyi-Z/Cache4Diffusion",
     checked="C",
-    sites="hidden: the value behind the last block",
+    sites="hidden: the value after the last block",
     trigger="every N-th step",
     predictor="taylor",
 )
@@ -191,7 +191,7 @@ def _hidden(setting: Setting) -> str:
     title="FreqCa",
     source="arXiv 2510.08669, repository Tammytcl/FreqCa",
     checked="C",
-    sites="hidden: the value behind the last block",
+    sites="hidden: the value after the last block",
     trigger="every N-th step",
     predictor="low frequencies copied, high ones hermite",
 )

@@ -176,7 +176,7 @@ def delta_dit(setting: Setting, *, interval: int = 2, share: float = 0.5, bounda
     source="arXiv 2408.12588, repository NUS-HPC-AI-Lab/VideoSys",
     checked="C",
     sites="attention outputs by kind, MLPs where asked for",
-    trigger="an interval a kind, in a window of timesteps",
+    trigger="an interval per kind, in a window of timesteps",
     predictor="copy",
 )
 def pab(
@@ -248,7 +248,7 @@ def smoothcache(setting: Setting, *, alpha: float = 0.18, lookahead: int = 3) ->
     title="BlockDance",
     source="arXiv 2503.15927",
     checked="D",
-    sites="after:i, the value behind a block",
+    sites="after:i, the value after a block",
     trigger="groups of N steps in a late window",
     predictor="copy",
 )

@@ -72,7 +72,7 @@ def _fitted(setting: Setting) -> list[float]:
     title="FBCache",
     source="ParaAttention; diffusers FirstBlockCache",
     checked="C",
-    sites="blocks behind the first",
+    sites="blocks after the first",
     trigger="change of the first block's residual since the last computed step",
     predictor="copy",
     syncs="1",
@@ -173,7 +173,7 @@ def magcache(
         ratios = [1.0, *(sizes[1:] / np.maximum(sizes[:-1], np.finfo(float).tiny))]
     curve = [1.0, *ratios] if len(ratios) == setting.steps - 1 else list(ratios)
     if not curve or not all(isinstance(r, (int, float)) and math.isfinite(r) for r in curve):
-        raise PolicyError(f"ratios must be finite numbers, one a step; got {len(curve)} of them")
+        raise PolicyError(f"ratios must be finite numbers, one per step; got {len(curve)} of them")
     if len(curve) != setting.steps:
         nearest = np.linspace(0, len(curve) - 1, setting.steps).round().astype(int)
         curve = [curve[index] for index in nearest]

@@ -69,7 +69,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("trigger", Text(f"{plan.trigger.kind}; decides at run time where a step shows 0"))
         return table
     table.add_row("expected", f"{plan.speedup:.2f}x fewer denoiser FLOPs")
-    table.add_row("", f"{plan.flops_uncached / 1e9:.2f} to {plan.flops / 1e9:.2f} GFLOP a run and stream")
+    table.add_row("", f"{plan.flops_uncached / 1e9:.2f} to {plan.flops / 1e9:.2f} GFLOP per run and stream")
     table.add_row("cache", f"{human_bytes(plan.cache_bytes)} a stream")
     if plan.measured:
         table.add_row("measured", describe(plan.measured))
@@ -123,7 +123,7 @@ def policies_table(methods: Sequence[Method]) -> Group:
         parts.append(table)
     parts.append(
         Text(
-            "reads: host reads a step; none where empty, rare where only computed steps read. Last column: formula "
+            "reads: host reads per step; none where empty, rare where only computed steps read. Last column: formula "
             "checked in the method's own code (C), in another's (C3), by description only (D). "
             "`dcc policies NAME` shows one.",
             "dim",
@@ -140,7 +140,7 @@ def policy_table(method: Method) -> Group:
     facts = method.facts()
     for name in ("title", "kind", "sites", "trigger", "predictor", "needs", "source", "checked"):
         table.add_row(name, Text(str(facts[name]).replace("_", "-") if name == "kind" else str(facts[name])))
-    table.add_row("host reads", Text(f"{method.syncs} a step"))
+    table.add_row("host reads", Text(f"{method.syncs} per step"))
     for name, default in method.defaults.items():
         table.add_row(f"  {name}=", Text(default))
     return Group(Text(method.name, "bold"), Text(_paragraphs(inspect.getdoc(method.make) or "")), Text(""), table)

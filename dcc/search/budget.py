@@ -91,7 +91,7 @@ class _Given:
 
 @dataclass(frozen=True)
 class Budget:
-    """A goal as the user names it; `latency` in milliseconds becomes a speed-up once a run has been timed."""
+    """A goal as the user names it; `latency` in milliseconds becomes a speed-up as soon as a run has been timed."""
 
     goal: Goal | None
     latency: float | None

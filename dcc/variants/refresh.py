@@ -34,7 +34,9 @@ def refreshes(
             continue
         ratios = form.ratios
         if len(ratios) not in (1, len(selected[k])):
-            raise PlanError(f"'tokens' has {len(ratios)} ratios for {len(selected[k])} sites; give one, or one a site")
+            raise PlanError(
+                f"'tokens' has {len(ratios)} ratios for {len(selected[k])} sites; give one, or one per site"
+            )
         for index, site in enumerate(selected[k]):
             region, sums[site.name] = region_of(sites, nodes, site)
             found.append(

@@ -49,7 +49,7 @@ class TriggerGraphs:
         self.inside = ancestors(captured.graph_module, [n for p in before for n in (p.out, p.base) if n is not None])
         for group, name in zip(selected, plan.sites, strict=True):
             if any(port.out in self.inside for site in group for port in site.ports):
-                raise PolicyError(f"the trigger looks behind the cached site {name!r}; cache what comes later")
+                raise PolicyError(f"the trigger looks after the cached site {name!r}; cache what comes later")
         self.nodes = nodes_by_name(captured.graph_module)
         self.batch = str(returned(captured.graph_module)[0].meta["val"].shape[0])
         if any(site.kind == GUIDANCE for group in selected for site in group):

@@ -70,7 +70,7 @@ def test_numbers_agree_with_eager(build, run):
     assert torch.equal(run(graph_module, **values)[0], values["x"].exp())
 
 
-def test_all_passes_leave_the_work_behind_the_forecast_only(stack):
+def test_all_passes_leave_the_work_after_the_forecast_only(stack):
     graph_module = stack.graph()
     for pass_ in PASSES:
         pass_.run(graph_module, row_of(forecast=((STACK,),), anchors=2))

@@ -118,7 +118,7 @@ def test_the_largest_value_is_split_and_others_follow_the_high_band(build):
     verify(graph_module, "test")
 
 
-def test_a_group_behind_reads_the_rows_behind(build):
+def test_a_group_after_another_reads_the_rows_after(build):
     graph_module = build(two_streams, x=torch.ones(2, 6, 3), y=torch.ones(2, 4, 3))
     other = Site("e", "value", (Port("exp_default"),))
     InsertCacheReads().run(graph_module, row_of(forecast=((NEG,), (other,)), forms=(Clusters((0, 2, 1)), None)))

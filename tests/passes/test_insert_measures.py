@@ -97,7 +97,7 @@ def test_a_drafted_forecast_is_compared_with_the_truth_that_the_draft_gives(buil
     assert names[1:] == [watch_name(look.port), look_name(look)]
 
 
-def test_it_runs_behind_the_reads():
+def test_it_runs_after_the_reads():
     names = [pass_.name for pass_ in PASSES]
     assert names.index("insert_cache_reads") < names.index("insert_measures") < names.index("insert_forecasts")
     assert InsertMeasures.after == ("insert_cache_reads",)

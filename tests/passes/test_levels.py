@@ -80,11 +80,11 @@ def test_a_forecast_of_the_cut_saves_all_deeper_work(facts, level):
     _, found, all_levels, flow = facts
     needed = flow.needed([Port(name) for name in level_cut(level, all_levels, flow, found)])
     assert needed & set().union(*all_levels[level:]) == set()
-    behind = {name for name in all_levels[0] if name in needed}
-    assert behind == all_levels[0]
+    after = {name for name in all_levels[0] if name in needed}
+    assert after == all_levels[0]
 
 
-def test_no_cut_without_a_finer_level_behind(facts):
+def test_no_cut_without_a_finer_level_after(facts):
     _, found, all_levels, flow = facts
     assert level_cut(3, all_levels, flow, found) == []
     assert level_cut(1, [all_levels[2], all_levels[0]], flow, found) != []

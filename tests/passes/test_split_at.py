@@ -48,7 +48,7 @@ def test_a_split_at_an_input_hands_nothing_over(build, run):
         assert torch.equal(ours, expected)
 
 
-def test_sizes_are_read_again_behind_the_split(stack):
+def test_sizes_are_read_again_after_the_split(stack):
     """A captured graph whose sizes are symbolic: the suffix serves another batch than the captured one."""
     whole = stack.graph()
     (out,) = output_node(whole).args[0]

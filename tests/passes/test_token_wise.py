@@ -51,7 +51,7 @@ def test_the_ends_of_a_branch(build):
     assert residual_ends(nodes["linear_default_1"]) == ({"x"}, nodes["add_tensor_1"])
 
 
-def test_the_ends_lie_behind_the_gate_and_on_all_of_the_stream(build):
+def test_the_ends_lie_after_the_gate_and_on_all_of_the_stream(build):
     def gated(x, y, gate, w):
         stream = aten.add.Tensor(x, y)
         return (aten.add.Tensor(stream, aten.mul.Tensor(gate, aten.linear.default(stream, w))),)
@@ -132,7 +132,7 @@ def test_a_table_of_tokens_without_batch_is_refused(build):
         return (aten.add.Tensor(x, table),)
 
     nodes = nodes_by_name(build(position, x=torch.randn(2, 5, 4), table=torch.randn(5, 4)))
-    assert token_region(nodes["add_tensor"], set()) == "add_tensor (add): table has a row a token, but no batch"
+    assert token_region(nodes["add_tensor"], set()) == "add_tensor (add): table has a row per token, but no batch"
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (2, 1, 4)], ids=str)
