@@ -1,6 +1,9 @@
-"""Writes the measured tables of README.md and dcc/policies/README.md from benchmarks/results/, between their markers.
+"""Writes every measured table from benchmarks/results/ between its markers, in each document that has them.
 
-python benchmarks/readme.py
+    python benchmarks/readme.py
+
+A table `name` stands between the lines `<!-- name -->` and `<!-- end -->`, in one document or in several. One whose
+result file is missing is left as it is; one that has no marker anywhere is an error.
 """
 
 from __future__ import annotations
@@ -9,14 +12,19 @@ import json
 import math
 import re
 import statistics
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dcc.policies import POLICIES
 
 HERE = Path(__file__).parent
+COMPILED, NOT = ", compiled", "does not run"  # the first ends the names of contestants of speed.py
 PARTS = (("cold", "captured"), ("cold", "lowered"), ("cold", "seconds"), ("warm", "lowered"), ("warm", "seconds"))
 README = HERE.parent / "README.md"
+BENCHMARKS_README = HERE / "README.md"
 POLICIES_README = HERE.parent / "dcc" / "policies" / "README.md"
 DENOISERS = {
     "mmdit": "multimodal DiT, 3 double and 5 single blocks, flow matching, 28 steps",
@@ -29,23 +37,28 @@ def speed(data: dict[str, Any]) -> str:
     machine, turns = data["machine"], sorted({len(case["rows"][0]["seconds"]) for case in data["cases"]})
     last = f" or {turns[-1]}" if turns[1:] else ""
     median = f"median of {', '.join(map(str, turns[: len(turns) - 1 or 1]))}{last} turns"
+    steps = data["cases"][0]["full_steps"]
+    rows = [{row["name"]: row for row in case["rows"]} for case in data["cases"]]
     names = list(dict.fromkeys(row["name"] for case in data["cases"] for row in [*case["rows"], *case["failed"]]))
     lines = [
-        "Each contestant in a process of its own, in turns with `torch.compile` of the uncached denoiser, "
-        f"{median} (torch {machine['torch']}, {machine['cores']} CPU cores, random weights); "
-        "in brackets the share of what the full steps alone imply, for dcc of what the plan's FLOPs imply:",
+        wrapped(
+            f"Wall clock at {sum(steps)} full steps of {len(steps)}. Each contestant in a process of its own, in turns "
+            f"with `torch.compile` of the uncached denoiser, {median} (torch {machine['torch']}, {machine['cores']} "
+            "CPU cores, random weights); in brackets the share of what the full steps alone imply, for dcc of what the "
+            "plan's FLOPs imply. "
+            "Libraries run eagerly and compiled:"
+        ),
         "",
-        "| contestant | " + " | ".join(f"{c['case']}, {c['forward_ms']:.0f} ms a call" for c in data["cases"]) + " |",
+        "| contestant | " + " | ".join(f"{c['case']}, {c['forward_ms']:.0f} ms per call" for c in data["cases"]) + " |",
         "|---|" + "---|" * len(data["cases"]),
     ]
-    for name in names:
-        cells = []
-        for case in data["cases"]:
-            row = next((row for row in case["rows"] if row["name"] == name), None)
-            cells.append(f"{row['ratio']:.2f}x ({row['share']:.2f})" if row else "does not run")
+    for name in (name for name in names if not name.endswith(COMPILED)):
+        cells, both = [], [own for own in (name, name + COMPILED) if own in names]
+        for case in rows:
+            runs = [f"{case[n]['ratio']:.2f}x ({case[n]['share']:.2f})" if n in case else NOT for n in both]
+            cells.append("; ".join(runs) if set(runs) != {NOT} else NOT)
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    steps = data["cases"][0]["full_steps"]
-    return "\n".join([*lines, "", f"All compute {sum(steps)} full steps of {len(steps)}."])
+    return "\n".join(lines)
 
 
 def ratios(data: dict[str, Any]) -> str:
@@ -92,9 +105,11 @@ def compile_time(data: dict[str, Any]) -> str:
     kept = {name: f"{fact['bytes'] / 1e6:.1f} MB in {fact['tensors']} tensors" for name, fact in data["cache"].items()}
     lines += [
         "",
-        "Cache of a first-order forecast of all 57 blocks (256 + 32 tokens of width 256): every branch before its "
-        f"gate {kept['branches']}; every block's residual {kept['blocks, apart']}, which coalescing makes "
-        f"{kept['blocks']}.",
+        wrapped(
+            "Cache of a first-order forecast of all 57 blocks (256 + 32 tokens of width 256): every branch before its "
+            f"gate {kept['branches']}; every block's residual {kept['blocks, apart']}, which coalescing makes "
+            f"{kept['blocks']}."
+        ),
     ]
     return "\n".join(lines)
 
@@ -103,13 +118,15 @@ def hoisting(data: dict[str, Any]) -> str:
     """What no step changes: its share of FLOPs, the bytes that hold it, and the time saved."""
     machine = data["machine"]
     lines = [
-        f"One all-compute plan with and without hoisting, called in turns, {data['backend']} backend, median of "
-        f"{data['repeats'] * (data['steps'] - 1)} calls (torch {machine['torch']}, CPU, random weights, few blocks; "
-        "tokens of prompt and sample in the released ratio). Shares at the released number of blocks stand "
-        "beside, and those of what depends on the timestep alone, which is not hoisted:",
+        wrapped(
+            f"One all-compute plan with and without hoisting, called in turns, {data['backend']} backend, median of "
+            f"{data['repeats'] * (data['steps'] - 1)} calls (torch {machine['torch']}, CPU, random weights, few "
+            "blocks; tokens of prompt and sample in the released ratio). Shares at the released number of blocks "
+            "stand beside, and those of what depends on the timestep alone, which is not hoisted:"
+        ),
         "",
-        "| family | FLOPs hoisted | call saved | hoisted at the released depth | held a request | timestep only: FLOPs "
-        "| timestep only: weights |",
+        "| family | FLOPs hoisted | call saved | hoisted at the released depth | held per request "
+        "| timestep only: FLOPs | timestep only: weights |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in data["rows"]:
@@ -124,7 +141,14 @@ def hoisting(data: dict[str, Any]) -> str:
 
 def zoo(results: list[dict[str, Any]]) -> str:
     """How often the demo pipelines draw what a held-out caption says."""
+    lenient, stricter = list(results[0]["judge_on_autoencoded_drawings"]["followed_by_clarity"].items())[:2]
     lines = [
+        wrapped(
+            f"Judged from the pixels of {results[0]['held_out']['all']['images']} images. A shape counts from an "
+            f"overlap of {lenient[0]} with a drawn template, at which the judge accepts {lenient[1]:.1%} of true "
+            f"drawings; the stricter judge asks for {stricter[0]} and accepts {stricter[1]:.1%} of them:"
+        ),
+        "",
         "| pipeline | denoiser | held-out captions followed | one object | two objects | all, stricter judge | bar |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -144,6 +168,8 @@ def zoo(results: list[dict[str, Any]]) -> str:
 def quality(results: list[dict[str, Any]]) -> str:
     """The searched plan against the best of everything else at the same compute or less."""
     lines = [
+        f"Mean and worst over {_prompts(results)} test prompts that the search never saw:",
+        "",
         "| pipeline | FLOPs | searched plan, PSNR | worst prompt | best rival at that compute or less | PSNR | gain |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -164,7 +190,12 @@ def quality(results: list[dict[str, Any]]) -> str:
 
 def runs(data: dict[str, Any]) -> str:
     """A plan at other step counts, and with the guard."""
-    lines = ["| steps | plan made for | full steps | PSNR | worst prompt |", "|---|---|---|---|---|"]
+    lines = [
+        f"Mean and worst over {data['prompts']} test prompts:",
+        "",
+        "| steps | plan made for | full steps | PSNR | worst prompt |",
+        "|---|---|---|---|---|",
+    ]
     for row in data["rows"]:
         made = f"{row['plan_for']} steps" + (", guard" if row.get("guard") else "")
         lines.append(
@@ -208,7 +239,12 @@ def conformance(data: dict[str, Any]) -> str:
 
 def survey(results: list[dict[str, Any]]) -> str:
     """The best method of every class of the survey at some ratios of FLOPs, and the searched plan."""
-    lines = ["| pipeline | class | 2x | 3x | 5x |", "|---|---|---|---|---|"]
+    lines = [
+        f"The survey's best method of each class, at such a ratio of FLOPs or above, on {_prompts(results)} prompts:",
+        "",
+        "| pipeline | class | 2x | 3x | 5x |",
+        "|---|---|---|---|---|",
+    ]
     for data in results:
         families = dict.fromkeys(row["family"] for row in data["rows"])
         for family in families:
@@ -228,6 +264,8 @@ def methods(results: list[dict[str, Any]]) -> str:
     """Every method: what it is, and what it reaches on both pipelines, or why it does not run."""
     names = [data["pipeline"] for data in results]
     lines = [
+        f"On {_prompts(results)} test prompts:",
+        "",
         "| method | policy | class | decided by | forecast | source | checked | " + " | ".join(names) + " |",
         "|---|---|---|---|---|---|---|" + "---|" * len(names),
     ]
@@ -242,45 +280,87 @@ def methods(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def host_overhead(data: dict[str, Any]) -> str:
+    """Milliseconds of dcc's own Python per call."""
+    machine = data["machine"]
+    lines = [
+        wrapped(
+            f"A transformer of {data['blocks']} blocks, eagerly, on one thread (torch {machine['torch']}, "
+            f"{machine['cores']} CPU cores); medians over all steps of a kind:"
+        ),
+        "",
+        "| selectors of the plan | forecast step | full step | calls |",
+        "|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        number = row["name"].split()[0]
+        lines.append(f"| {number} | {row['forecast_ms']:.2f} ms | {row['full_ms']:.2f} ms | {row['calls']} |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table and its result files: one by name, or one for each demo pipeline, whose name stands for the `{}`."""
+
+    make: Callable[[Any], str]
+    results: str
+
+    def text(self) -> str | None:
+        """The table, None where a result file is missing."""
+        names = [self.results.format(name) for name in DENOISERS] if "{}" in self.results else [self.results]
+        files = [HERE / "results" / f"{name}.json" for name in names]
+        if not all(file.exists() for file in files):
+            return None
+        data = [json.loads(file.read_text()) for file in files]
+        return self.make(data if "{}" in self.results else data[0])
+
+
+TABLES = {
+    "quality": Table(quality, "quality_{}"),
+    "survey": Table(survey, "survey_{}"),
+    "methods": Table(methods, "survey_{}"),
+    "conformance": Table(conformance, "conformance"),
+    "latency": Table(latency, "latency_{}"),
+    "promise": Table(promise, "promise"),
+    "runs": Table(runs, "other_runs_mmdit"),
+    "speed": Table(speed, "speed"),
+    "ratios": Table(ratios, "speed_ratios"),
+    "host_overhead": Table(host_overhead, "host_overhead"),
+    "compile_time": Table(compile_time, "compile_time"),
+    "hoisting": Table(hoisting, "hoisting"),
+    "zoo": Table(zoo, "zoo_{}"),
+}
+
+
+def _prompts(results: list[dict[str, Any]]) -> str:
+    """How many test prompts the rows were measured on."""
+    rows = (row for data in results for row in data["rows"])
+    return " or ".join(map(str, sorted({row["prompts"] for row in rows if "prompts" in row})))
+
+
+def wrapped(sentence: str) -> str:
+    """A sentence in lines of at most 120 characters."""
+    return textwrap.fill(sentence, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def replace(text: str, name: str, table: str) -> str:
-    """`text` with the part between the markers of `name` replaced. Raises ValueError where they are missing."""
+    """`text` with what stands between the markers of `name` replaced; as it is where it has none."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"README.md has no '<!-- {name} -->' ... '<!-- end -->'")
     return pattern.sub(lambda match: match[1] + table + "\n" + match[2], text)
 
 
 def main() -> None:
-    """Rewrites README.md."""
-    text = README.read_text()
-    times = json.loads((HERE / "results" / "compile_time.json").read_text())
-    text = replace(text, "ratios", ratios(json.loads((HERE / "results" / "speed_ratios.json").read_text())))
-    timed = [json.loads((HERE / "results" / f"latency_{name}.json").read_text()) for name in DENOISERS]
-    text = replace(text, "latency", latency(timed))
-    text = replace(text, "compile_time", compile_time(times))
-    text = replace(text, "speed", speed(json.loads((HERE / "results" / "speed.json").read_text())))
-    held = HERE / "results" / "hoisting.json"
-    if held.exists():
-        text = replace(text, "hoisting", hoisting(json.loads(held.read_text())))
-    figures = [json.loads((HERE / "results" / f"zoo_{name}.json").read_text()) for name in DENOISERS]
-    text = replace(text, "zoo", zoo(figures))
-    measured = [HERE / "results" / f"quality_{name}.json" for name in DENOISERS]
-    text = replace(text, "quality", quality([json.loads(file.read_text()) for file in measured if file.exists()]))
-    other = HERE / "results" / "other_runs_mmdit.json"
-    if other.exists():
-        text = replace(text, "runs", runs(json.loads(other.read_text())))
-    target = HERE / "results" / "promise.json"
-    if target.exists():
-        text = replace(text, "promise", promise(json.loads(target.read_text())))
-    peers = HERE / "results" / "conformance.json"
-    if peers.exists():
-        text = replace(text, "conformance", conformance(json.loads(peers.read_text())))
-    measured = [HERE / "results" / f"survey_{name}.json" for name in DENOISERS]
-    if all(file.exists() for file in measured):
-        results = [json.loads(file.read_text()) for file in measured]
-        text = replace(text, "survey", survey(results))
-        POLICIES_README.write_text(replace(POLICIES_README.read_text(), "methods", methods(results)))
-    README.write_text(text)
+    """Rewrites the documents. Raises ValueError for a table that none of them has a marker of."""
+    documents = (README, BENCHMARKS_README, POLICIES_README)
+    texts = {path: path.read_text() for path in documents}
+    for name, table in TABLES.items():
+        if not any(f"<!-- {name} -->\n" in text for text in texts.values()):
+            raise ValueError(f"no document has '<!-- {name} -->' ... '<!-- end -->'")
+        made = table.text()
+        if made is not None:
+            texts = {path: replace(text, name, made) for path, text in texts.items()}
+    for path, text in texts.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":
