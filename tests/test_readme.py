@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import dcc
 from dcc.policies import POLICIES
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+from .documents import README, block, typed_in
 
 
 def test_a_new_method_takes_under_twenty_lines_and_works_when_typed_in(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    (block,) = [block for block in blocks if "@method(" in block]
-    assert len([line for line in block.splitlines() if line.strip()]) <= 20
+    assert len([line for line in block(README, "@method(").splitlines() if line.strip()]) <= 20
     known = set(POLICIES)
     space: dict[str, object] = {}
     try:
-        exec(block, space)
+        typed_in(README, "@method(", space)
     finally:
         for name in set(POLICIES) - known:
             del POLICIES[name]

@@ -29,6 +29,7 @@ from dcc.passes.values import (
 )
 from dcc.variants.variant import Variant
 
+from ..documents import ARCHITECTURE, typed_in
 from ..rows import row_of
 from .test_insert_cache_reads import BLOCKS, examples, residual
 
@@ -94,48 +95,9 @@ def test_a_variant_says_what_it_takes_and_gives(stack):
     assert len(variant.takes) == len(variant.inputs) and Coefficients() in variant.takes
 
 
-NEW_PASS = '''
-"""Adds twice the number of the step to the output: a pass with an input that no other has."""
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-
-from dcc.passes.base import Pass
-from dcc.passes.graph import insert_call, output_node
-from dcc.passes.values import Input, declare
-
-
-@dataclass(frozen=True)
-class Twice(Input):
-    """Twice the number of the step, [1] int64."""
-
-    name: ClassVar[str] = "twice"
-
-    def tensor(self, served):
-        return served.number("twice", (2 * round(served.step),))
-
-
-class AddTwice(Pass):
-    name: ClassVar[str] = "add_twice"
-    after: ClassVar[tuple[str, ...]] = ("insert_cache_reads",)
-
-    def apply(self, graph_module, order=None):
-        output = output_node(graph_module)
-        value = output.args[0][0]
-        twice = declare(graph_module, Twice(), value.meta["val"].new_empty((1,), dtype=torch.int64))
-        with graph_module.graph.inserting_before(output):
-            value = insert_call(graph_module, torch.ops.aten.add.Tensor, value, twice)
-        output.args = ((value, *output.args[0][1:]),)
-        return 1
-'''
-
-
 def test_a_new_pass_with_a_new_kind_of_input_is_one_file(monkeypatch, stack):
-    """Typed in as a file would be, added to PASSES, compiled and served; nothing else changes."""
-    typed = {}
-    exec(NEW_PASS, typed)
+    """Typed in as dcc/README.md shows it, added to PASSES, compiled and served; nothing else changes."""
+    typed = typed_in(ARCHITECTURE, "AddTwice(Pass)")
     monkeypatch.setattr(passes, "PASSES", (*passes.PASSES[:-3], typed["AddTwice"](), *passes.PASSES[-3:]))
 
     def sample(net, prompt):
