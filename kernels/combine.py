@@ -100,7 +100,7 @@ def _kernel(
     if of_channel is not None:
         weights += tl.load(of_channel + channel) * row_stride
     total = tl.zeros([BLOCK], tl.float32)
-    for age in tl.static_range(len(anchors)):
+    for age in tl.static_range(len(anchors)):  # pyright: ignore[reportGeneralTypeIssues]
         total += tl.load(anchors[age] + place, mask=mask, other=0).to(tl.float32) * tl.load(weights + age)
     if gate is not None:
         total *= tl.load(gate + sample * gate_stride + channel).to(tl.float32)

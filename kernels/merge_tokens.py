@@ -48,7 +48,7 @@ def _kernel(
     else:
         weights = coefficients + first + sample * sample_stride
         total = tl.zeros([BLOCK], tl.float32)
-        for age in tl.static_range(len(anchors)):
+        for age in tl.static_range(len(anchors)):  # pyright: ignore[reportGeneralTypeIssues]
             total += tl.load(anchors[age] + place, mask=mask, other=0).to(tl.float32) * tl.load(weights + age)
         tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 

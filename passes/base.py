@@ -104,7 +104,10 @@ class Correction:
 class Form:
     """How to forecast sites that are not one combination of whole anchors (forms.py)."""
 
-    rows: ClassVar[int] = 1
+    @property
+    def rows(self) -> int:
+        """Number of coefficient rows that it takes."""
+        return 1
 
 
 @dataclass(frozen=True)

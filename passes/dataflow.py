@@ -38,7 +38,9 @@ class Dataflow:
         while todo:
             name = todo.pop()
             if name in bases:  # not computed: forecast from its anchors and its base
-                todo.extend([bases[name]] if bases[name] is not None and bases[name] not in alive else [])
+                base = bases[name]
+                if base is not None and base not in alive:
+                    todo.append(base)
             elif name not in alive:
                 alive.add(name)
                 todo.extend(self.digraph.predecessors(name))

@@ -7,7 +7,7 @@ needs is a graph input too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -29,7 +29,11 @@ class Bands(Form):
     transform: str
     cutoff: float
     grid: tuple[int, int] | None = None
-    rows: ClassVar[int] = 2
+
+    @property
+    def rows(self) -> int:
+        """Two coefficient rows: of the low frequencies and of the high ones."""
+        return 2
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ Accumulates in float32 whatever the dtype of the anchors. Leaves other calls alo
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -58,7 +58,7 @@ def _spell_out(
     rows = call(aten.select.int, coefficients, 0, group)
     if not per_sample:
         rows = call(aten.slice.Tensor, rows, 0, 0, 1)
-    total = None
+    total: Any = None
     for age, anchor in enumerate(anchors):
         column = call(aten.view.default, call(aten.select.int, rows, 1, age), [-1] + [1] * (len(shape(anchor)) - 1))
         term = call(aten.mul.Tensor, as_float32(anchor), column)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping
+from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -67,11 +68,11 @@ def worth_hoisting(
     never chosen: the caller may write into it.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    left = {*kept, *(name for node in returned(graph_module) for name in _aliases(node))}
+    left: set[str] = {*kept, *(name for node in returned(graph_module) for name in _aliases(node))}
     while True:
         fixed = invariants(graph_module, moving, left)
         found = frontier(graph_module, fixed)
-        refused = {_refused(nodes[name], fixed, costs) for name in found} - {None}
+        refused = {said for name in found if (said := _refused(nodes[name], fixed, costs)) is not None}
         if not refused:
             return tuple(found)
         left |= refused
@@ -105,8 +106,9 @@ def is_alias(node: Node) -> bool:
 
 def _without_dropout(node: Node) -> bool:
     """Whether an operator that may drop values at random drops none in this call."""
-    names = [argument.name for argument in schema(node.target).arguments]
-    given = {a.name: a.default_value for a in schema(node.target).arguments if a.has_default_value()}
+    takes = schema(cast("OpOverload", node.target)).arguments
+    names = [argument.name for argument in takes]
+    given = {argument.name: argument.default_value for argument in takes if argument.has_default_value()}
     given |= dict(zip(names, node.args, strict=False)) | node.kwargs
     if "dropout_p" in names:
         return given["dropout_p"] == 0

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -173,7 +173,7 @@ class _Editor:
         for name in refresh.nodes:
             node = self.nodes[name]
             args, kwargs = map_arg((node.args, node.kwargs), chosen)
-            own[node] = self.call(node.target, *args, **kwargs)
+            own[node] = self.call(cast("Callable[..., Any]", node.target), *args, **kwargs)
         return own[self.value_of(refresh)]
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -20,7 +20,7 @@ def text(graph_module: GraphModule) -> str:
     numbers = {node: f"%{index}" for index, node in enumerate(graph_module.graph.nodes)}
     own = "\n".join(_line(node, numbers) for node in graph_module.graph.nodes) + "\n"
     names = dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr")
-    return own + "".join(f"{name}:\n{text(graph_module.get_submodule(name))}" for name in names)
+    return own + "".join(f"{name}:\n{text(cast('GraphModule', graph_module.get_submodule(name)))}" for name in names)
 
 
 def digest(graph_module: GraphModule) -> str:

@@ -142,7 +142,7 @@ def _along(node: Node, name: str, tokens: int) -> list[Node] | str:
     rank = len(sizes(tensors[0])) + (name in ("unsqueeze", "stack"))
     position = ALONG[name]
     default: Any = -1 if name == "softmax" else 0
-    dimension = arguments(node)[position] if len(arguments(node)) > position else node.kwargs.get("dim", default)
+    dimension: Any = arguments(node)[position] if len(arguments(node)) > position else node.kwargs.get("dim", default)
     if any(other not in tensors for other in node.all_input_nodes):
         return "takes a size"
     if name == "slice" and dimension in (0, 1) and list(arguments(node)[2:]) in ([], [0], [0, WHOLE]):
