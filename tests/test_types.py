@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.long
 
-SCRIPT = '''
+SCRIPT = """
 import dcc
 from dcc.plans.plan import Plan
 
@@ -23,7 +23,7 @@ dcc.compile(pipe, ["a red circle"], speedup="3x")  # wrong: a number
 dcc.compile(pipe, ["a red circle"], speedup=3, effort="fst")  # wrong: no such effort
 net: dcc.CompiledDenoiser = dcc.compiled(pipe)
 print(net.plan.steps, dcc.summary(pipe).computed, dcc.sites(pipe))
-'''
+"""
 WRONG = [line for line, text in enumerate(SCRIPT.splitlines(), start=1) if "# wrong" in text]
 
 
