@@ -232,7 +232,7 @@ def test_evaluate(tmp_path: Path, plan_file: Path):
 def test_sites_of_a_demo_pipeline_and_of_its_folder():
     by_name = run("sites", "--pipeline", "mmdit")
     assert by_name.exit_code == 0
-    for part in ("GFLOP a call", "stack", "output", "of FLOPs"):
+    for part in ("GFLOP per call", "stack", "output", "of FLOPs"):
         assert part in by_name.stdout
     assert "capturing the denoiser" in by_name.stderr
 

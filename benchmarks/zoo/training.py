@@ -180,7 +180,7 @@ class Trainer:
             self.elapsed, last = self.elapsed + now - last, now
             if self.step % 25 == 0:
                 mean = sum(recent) / len(recent)
-                per_step = f"{self.elapsed / self.step:.2f} s a step"
+                per_step = f"{self.elapsed / self.step:.2f} s per step"
                 head = f"step {self.step} {self.elapsed / 60:.1f} min {per_step}"
                 print(f"{head} loss {mean:.4f} norm {norm:.2f}", flush=True)
                 recent = []

@@ -177,7 +177,7 @@ class Sites:
         return render(self)
 
     def __rich__(self) -> Tree:
-        root = Tree(f"{self.flops / 1e9:.3f} GFLOP a call, {len(self.named)} sites")
+        root = Tree(f"{self.flops / 1e9:.3f} GFLOP per call, {len(self.named)} sites")
         parents: dict[str, Tree] = {}
         for site in self:
             parent = next((parents[p] for p in sorted(parents, key=len, reverse=True) if _is_child(site.name, p)), root)

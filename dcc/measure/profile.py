@@ -184,7 +184,7 @@ class Profile:
         probed = f"{len(self.probed)} of {self.steps} steps probed"
         table = Table(
             title=f"profile: {self.prompts} prompts, {self.scheduler}, {self.steps} steps, {self.dtype}, "
-            f"{self.flops / 1e9:.3f} GFLOP a call",
+            f"{self.flops / 1e9:.3f} GFLOP per call",
             caption=f"streams: {', '.join(self.streams)}; sensitivity: {probed}; change and cosine: mean over steps",
             title_justify="left",
             caption_justify="left",

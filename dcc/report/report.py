@@ -62,7 +62,7 @@ class Report(Comparison):
         lines = [
             Text(
                 f"{count(len(self.prompts), 'prompt')}, {self.facts.get('backend', '')}; uncached "
-                f"{human_seconds(self.reference.latency)} a sample. FLOPs and time: speed-up. PSNR in dB.",
+                f"{human_seconds(self.reference.latency)} per sample. FLOPs and time: speed-up. PSNR in dB.",
                 "dim",
             )
         ]

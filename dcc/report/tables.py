@@ -70,7 +70,7 @@ def plan_table(plan: Plan) -> Table:
         return table
     table.add_row("expected", f"{plan.speedup:.2f}x fewer denoiser FLOPs")
     table.add_row("", f"{plan.flops_uncached / 1e9:.2f} to {plan.flops / 1e9:.2f} GFLOP per run and stream")
-    table.add_row("cache", f"{human_bytes(plan.cache_bytes)} a stream")
+    table.add_row("cache", f"{human_bytes(plan.cache_bytes)} per stream")
     if plan.measured:
         table.add_row("measured", describe(plan.measured))
     return table
