@@ -27,6 +27,7 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.d
 LONGEST = 4096  # items of a container that are looked at one by one; of longer ones, only how many there are
 DEEPEST = 64  # how far objects in objects are followed
 _END = object()
+_INTERNAL = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 
 
 class Walk:
@@ -39,6 +40,8 @@ class Walk:
         self.ignored = ignored
         self.items: list[tuple[str, Any]] = []  # every value that was met
         self.views: list[Callable[[], Iterable[Any]]] = []  # each gives what a container holds now
+        self.attributes: list[dict[str, Any]] = []  # of modules, of which there are many
+        self.places: list[tuple[dict[str, Any], str, Any]] = []  # those attributes that are no plain values
         self.containers: list[Any] = []  # dicts, lists, sets and deques, which can be put back as they were
         self.long: list[Any] = []  # those of which only the length is noted
         self.modules: dict[str, nn.Module] = {}
@@ -93,11 +96,13 @@ class Walk:
         if path == "" or any(_join(path, name) in self.ignored for name in own):
             self.views.append(functools.partial(_kept, module, path, self.ignored))
         else:
-            self.views.append(vars(module).values)
+            self.attributes.append(own)
         for name, value in own.items():
             attribute = _join(path, name)
             if attribute in self.ignored:
                 continue
+            if name not in _INTERNAL and not isinstance(value, PLAIN):
+                self.places.append((vars(module), name, value))
             if value is parameters or value is buffers:
                 self._seen.add(id(value))
                 self.containers.append(value)
@@ -141,7 +146,11 @@ class Walk:
 
 
 class Mark:
-    """A state as it was: every attribute and item by identity, weights by address, other tensors by version."""
+    """A state as it was: plain attributes of modules by value, what else there is by identity, weights by address.
+
+    Comparing modules' attributes as lists is quick, because Python looks at identity first; what is equal without being
+    the same is told apart only where it is no plain value.
+    """
 
     def __init__(self, module: nn.Module, ignored: frozenset[str] = frozenset()) -> None:
         walk = Walk(module, ignored)
@@ -149,7 +158,11 @@ class Mark:
         empty = [isinstance(owner, dict | list | set | deque) and not owner for owner in owners]
         self.empty = [owner for owner, is_empty in zip(owners, empty, strict=True) if is_empty]
         self.views = [values for values, is_empty in zip(walk.views, empty, strict=True) if not is_empty]
-        self.saved = [*itertools.chain.from_iterable(map(operator.call, self.views)), _END]
+        self.saved = [*_all(map(operator.call, self.views)), _END]
+        self.attributes = walk.attributes
+        self.values = [*_all(map(dict.values, self.attributes))]
+        places = walk.places
+        self.holders, self.names, self.held = [p[0] for p in places], [p[1] for p in places], [p[2] for p in places]
         self.long, self.lengths = walk.long, list(map(len, walk.long))
         self.owners = [*walk.modules.values(), *walk.objects]
         self.kinds = list(map(type, self.owners))
@@ -164,10 +177,11 @@ class Mark:
     def holds(self) -> bool:
         """Whether the module is still in this state."""
         try:
-            values = itertools.chain(itertools.chain.from_iterable(map(operator.call, self.views)), (_END,))
             return (
                 not any(self.empty)
-                and all(map(operator.is_, values, self.saved))
+                and [*_all(map(dict.values, self.attributes))] == self.values
+                and all(map(operator.is_, map(operator.getitem, self.holders, self.names), self.held))
+                and all(map(operator.is_, itertools.chain(_all(map(operator.call, self.views)), (_END,)), self.saved))
                 and list(map(len, self.long)) == self.lengths
                 and list(map(type, self.owners)) == self.kinds
                 and list(map(address, self.weights)) == self.addresses
@@ -175,8 +189,11 @@ class Mark:
                 and list(map(code_of, self.classes)) == self.code
                 and world() == self.world
             )
-        except RuntimeError:  # another thread changed a container while it was being read
+        except Exception:  # values that do not compare, or a container that another thread changes: look closer
             return False
+
+
+_all = itertools.chain.from_iterable
 
 
 class _Same:
