@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 FAKE = "a value of a trace"
 OUTSIDE = "(outside)"  # begins the part of a path that leads out of the module: a closure, a class
@@ -205,6 +206,10 @@ _LOOKS: tuple[tuple[Any, Callable[[_Walk, Any, str], None]], ...] = (
     (Tensor, _Walk.tensor),
     (nn.Module, _Walk.module),
     ((type, types.ModuleType, types.BuiltinFunctionType), _shown(lambda value: value.__name__)),
+    (
+        RemovableHandle,
+        _shown(lambda value: sorted(set(vars(value)) - {"id"})),
+    ),  # its number is counted over all modules
     (weakref.WeakKeyDictionary, _shown(lambda value: list(value.items()))),
     (Mapping, _Walk.mapping),
     ((list, tuple, collections.deque), _Walk.sequence),
