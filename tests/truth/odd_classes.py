@@ -66,7 +66,7 @@ class AsksItsInside(nn.Module):
         return self.out(self.hidden(x, t, ctx)) * self.scale
 
 
-@odd("classes")
+@odd("classes", refused="another cache, patch or offload")
 class HasEveryAttribute(Net):
     """Makes up an answer for every attribute that it has not."""
 
@@ -188,7 +188,7 @@ class KnowsItsOwner(Net):
         return self.child(self.hidden(x, t, ctx))
 
 
-@odd("classes")
+@odd("classes", refused="by position only")
 class Wrapped(nn.Module):
     """A wrapper such as for data parallelism: the denoiser is its `module`, its forward takes anything."""
 
@@ -200,7 +200,7 @@ class Wrapped(nn.Module):
         return self.module(*args, **kwargs)
 
 
-@odd("classes")
+@odd("classes", refused="by position only")
 class TakesAnything(Net):
     """A forward of `*args` alone."""
 
@@ -228,7 +228,7 @@ class TakesAnyNames(Net):
         return super().forward(kwargs["x"], kwargs["t"], kwargs["ctx"])
 
 
-@odd("classes")
+@odd("classes", refused="by position only")
 class PositionalOnly(Net):
     """A forward whose arguments have no names."""
 
@@ -236,7 +236,7 @@ class PositionalOnly(Net):
         return super().forward(x, t, ctx)
 
 
-@odd("classes")
+@odd("classes", refused="by position only")
 class RestOfTheTexts(Net):
     """The texts are the rest of the positions."""
 

@@ -1,4 +1,4 @@
-"""Odd modules by how they run: gradients inside, loops and branches on data, numpy, errors, threads, custom operators."""
+"""Odd modules by how they run: gradients inside, loops and branches on data, numpy, errors, threads, operators."""
 
 from __future__ import annotations
 

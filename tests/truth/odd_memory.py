@@ -1,4 +1,4 @@
-"""Odd modules by what they do with memory and number types: writes in place, views, strides, autocast, double, complex."""
+"""Odd modules by what they do with memory and number types: writes, views, strides, autocast, double, complex."""
 
 from __future__ import annotations
 

@@ -34,17 +34,21 @@ class Kept:
 
     value: Tensor
     about: tuple[Any, ...]
+    stride: tuple[int, ...]
 
     @staticmethod
     def of(tensor: Tensor) -> Kept:
         about = (type(tensor).__name__, tensor.dtype, tuple(tensor.shape), tensor.layout)
-        if tensor.layout is torch.strided:
-            about += (tensor.stride(),)
         about += ("requires grad" if tensor.requires_grad else "", "inference" if tensor.is_inference() else "")
         with torch.inference_mode(False), torch.no_grad():
-            return Kept(tensor.detach().as_subclass(Tensor).to_dense().clone(), about)
+            plain = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+            return Kept(plain.as_subclass(Tensor).clone(), about, plain.stride())
 
     def __eq__(self, other: object) -> bool:
+        return self.equals(other) and isinstance(other, Kept) and self.stride == other.stride
+
+    def equals(self, other: object) -> bool:
+        """Whether the other one holds the same, however it lies in memory."""
         return isinstance(other, Kept) and self.about == other.about and self._bits() == other._bits()
 
     def __hash__(self) -> int:
@@ -60,6 +64,8 @@ class Kept:
         """How this one differs from the right one."""
         if not isinstance(other, Kept) or self.about != other.about:
             return f"{self!r}, right: {other!r}"
+        if self.equals(other):
+            return f"strides {self.stride}, right: {other.stride}"
         ours, right = self.value.double(), other.value.double()
         return f"relative error {float((ours - right).norm() / right.norm()):.3g}"
 
@@ -71,16 +77,34 @@ def snapshot(value: Any) -> Snapshot:
     return walk.found
 
 
-def differences(ours: Snapshot, right: Snapshot, outside: bool = True) -> list[str]:
-    """What differs, one line a path; without what lies outside of the module where `outside` is False."""
+def differences(ours: Snapshot, right: Snapshot, outside: bool = True, memory: bool = True) -> list[str]:
+    """What differs, one line a path.
+
+    Without what lies outside of the module where `outside` is False; without strides, and without asking whether two
+    equal tensors are one, where `memory` is False.
+    """
     lines = []
     for path in [*ours, *(path for path in right if path not in ours)]:
         if not outside and OUTSIDE in path:
             continue
         a, b = ours.get(path, "nothing"), right.get(path, "nothing")
-        if a != b:
+        if not memory:
+            a, b = _resolved(ours, a), _resolved(right, b)
+        if not (a == b or (not memory and isinstance(a, Kept) and a.equals(b))):
             lines.append(f"{path or 'it'}: {a.beside(b) if isinstance(a, Kept) else f'{a!r}, right: {b!r}'}")
     return lines
+
+
+def _resolved(found: Snapshot, value: Any) -> Any:
+    """The value that stands at the path of a Same."""
+    return found[value.path] if isinstance(value, Same) else value
+
+
+@dataclass(frozen=True)
+class Same:
+    """The very same object as stands at another path."""
+
+    path: str
 
 
 def traces(found: Snapshot) -> list[str]:
@@ -107,7 +131,7 @@ class _Walk:
             self.found[path] = repr(value)
             return
         if id(value) in self.paths:
-            self.found[path] = f"the same as {self.paths[id(value)]}"
+            self.found[path] = Same(self.paths[id(value)])
             return
         self.paths[id(value)] = path
         self.held.append(value)
@@ -178,6 +202,8 @@ class _Walk:
 
     def function(self, value: types.FunctionType, path: str) -> None:
         self.found[path] = f"function {value.__qualname__}"
+        if _LOCAL not in value.__module__:
+            return
         self.see(value.__defaults__, f"{path}.defaults")
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             try:

@@ -19,11 +19,31 @@ from torch.utils._pytree import tree_leaves, tree_map
 import dcc
 from dcc.errors import DccError
 
-from . import odd_branches, odd_classes, odd_containers, odd_control, odd_hooks, odd_memory, odd_random, odd_state
+from . import (
+    odd_branches,
+    odd_classes,
+    odd_containers,
+    odd_control,
+    odd_counters,
+    odd_hooks,
+    odd_memory,
+    odd_random,
+    odd_state,
+)
 from .odd_modules import ODD, Odd, Prompt, seed
 from .snapshots import Snapshot, differences, generators, snapshot, traces
 
-KINDS = (odd_state, odd_branches, odd_random, odd_hooks, odd_containers, odd_memory, odd_control, odd_classes)
+KINDS = (
+    odd_state,
+    odd_counters,
+    odd_branches,
+    odd_random,
+    odd_hooks,
+    odd_containers,
+    odd_memory,
+    odd_control,
+    odd_classes,
+)
 EXPECTED = "this plan computes every step"  # what the summary says of every plan of interval 1
 ORIGINAL = ("not exported", "the original ran")
 CALIBRATION = 4  # the number of a prompt that is not served
@@ -96,10 +116,11 @@ def first_lines(what: str, found: Sequence[str]) -> list[str]:
     return [f"{what}: {line}" for line in found[:SHOWN]] + more
 
 
-def not_equal(what: str, ours: Sequence[Snapshot], right: Sequence[Snapshot]) -> list[str]:
+def not_equal(what: str, ours: Sequence[Snapshot], right: Sequence[Snapshot], memory: bool = True) -> list[str]:
+    """What differs between what two users saw."""
     found = [f"{len(ours)} looks, right: {len(right)}"] if len(ours) != len(right) else []
     for number, (a, b) in enumerate(zip(ours, right, strict=False)):
-        found += [f"look {number} {line}" for line in differences(a, b)]
+        found += [f"look {number} {line}" for line in differences(a, b, memory=memory)]
     return first_lines(what, found)
 
 
@@ -114,26 +135,19 @@ def problems_of(net: Any) -> tuple[tuple[str, ...], int]:
 def outcome(name: str) -> Outcome:
     """Compiles and serves an odd module at interval 1 beside its twin; then at interval 2."""
     one = ODD[name]
-    net, twin, faults = one.build(), one.build(), []
+    net, twin = one.build(), one.build()
     one.between(net)
     one.between(twin)
-    seed(5)
-    before, drawn = snapshot(net), generators()
-    refusal = None
     try:
-        compiled(one, net, interval=1)
+        faults = faults_of_compiling(one, net, interval=1)
     except DccError as error:
         refusal = f"{type(error).__name__}: {error}"
+        found = first_lines("the refusal changed the module", differences(snapshot(net), snapshot(twin), outside=False))
+        if not one.refused or one.refused.lower() not in refusal.lower():
+            found.append(f"refused: {refusal[:300]}")
+        return Outcome("refused", (refusal,), tuple(found))
     except Exception as error:  # whatever it is, it is a fault of the table and not the end of it
         return Outcome("crashed", (), (f"compile raised {type(error).__name__}: {str(error)[:300]}",))
-    after = snapshot(net)
-    faults += first_lines("compile moved a generator", differences(generators(), drawn))
-    faults += first_lines("compile changed the module", differences(after, before, outside=False))
-    faults += first_lines("compile left a trace", traces(after))
-    if refusal is not None:
-        if not one.refused or one.refused.lower() not in refusal.lower():
-            faults.append(f"refused: {refusal[:300]}")
-        return Outcome("refused", (refusal,), tuple(faults))
 
     one.start(net)
     ours, drawn, watched = calls_of(one, net, range(4)), generators(), snapshot(one.watched())
@@ -155,40 +169,55 @@ def outcome(name: str) -> Outcome:
     by_original = any(problem.startswith(ORIGINAL) for problem in said)
     if originals and not by_original:
         faults.append(f"{originals} calls ran the original, and the summary does not say why: {said}")
-    return Outcome("original" if by_original else "served", said, (*faults, *_at_interval_2(one)))
+    fresh = faults or one.outside
+    faults += faults_at_interval_2(one, one.build() if fresh else net, 0 if fresh else 4)
+    return Outcome("original" if by_original else "served", said, tuple(faults))
 
 
-def _at_interval_2(one: Odd) -> list[str]:
-    net, twin = one.build(), one.build()
+def faults_of_compiling(one: Odd, net: Any, interval: int) -> list[str]:
+    """Compiles a module, and finds what compiling alone has changed."""
+    seed(5)
+    before, drawn = snapshot(net), generators()
+    compiled(one, net, interval)
+    after = snapshot(net)
+    faults = first_lines("compile moved a generator", differences(generators(), drawn))
+    faults += first_lines("compile changed the module", differences(after, before, outside=False))
+    return faults + first_lines("compile left a trace", traces(after))
+
+
+def faults_at_interval_2(one: Odd, net: Any, before: int) -> list[str]:
+    """The module at interval 2 beside a cache written by hand, and beside the plain one; `before` prompts were served.
+
+    Where reusing an answer cannot be right the module may also be run at every step, if the summary says so.
+    """
+    twins = [one.build(), one.build()]
+    for twin in twins:
+        one.between(twin)
+        one.start(twin)
+        calls_of(one, twin, range(before))
     try:
-        compiled(one, net, interval=2)
+        faults = faults_of_compiling(one, net, interval=2)
     except Exception as error:  # as above; interval 1 was not refused
         return [f"interval 2: compile raised {type(error).__name__}: {str(error)[:300]}"]
     one.start(net)
-    ours, state = calls_of(one, net, (0, 1, 2)), snapshot(net)
+    looks, state = calls_of(one, net, (0, 1, 2)), snapshot(net)
     said, _ = problems_of(net)
     sites = dcc.compiled(net).plan.sites
     dcc.restore(net)
-    faults = []
     if one.uncacheable and not said:
         faults.append("interval 2: the summary does not say that the module cannot be cached rightly")
-    one.start(twin)
-    plain = calls_of(one, twin, (0, 1, 2)), snapshot(twin)
-    twin = one.build()
-    one.start(twin)
-    by_hand = calls_of(one, twin, (0, 1, 2), ByHand(twin)), snapshot(twin)
-    errors = [error_of(a) for a in ours if error_of(a)]
-    if errors and errors != [error_of(a) for a in plain[0] if error_of(a)]:
-        return [*faults, f"interval 2: raised {errors[0]}"]
-    if (one.by_hand and sites == ("output",)) or one.uncacheable:
-        as_plain = [*not_equal("interval 2", ours, plain[0]), *first_lines("state", differences(state, plain[1]))]
-        found = [
-            *not_equal("interval 2", ours, by_hand[0]),
-            *first_lines("interval 2 state", differences(state, by_hand[1])),
-        ]
-        if found and (as_plain or not said):
-            faults += found
-    return faults
+    found = []
+    for twin, call in zip(twins, (ByHand(twins[0]), None), strict=True):
+        one.start(twin)
+        right = calls_of(one, twin, (0, 1, 2), call)
+        errors = [error_of(look) for look in looks if error_of(look)]
+        if errors and errors != [error_of(look) for look in right if error_of(look)]:
+            return [*faults, f"interval 2: raised {errors[0]}"]
+        others = not_equal("interval 2", looks, right, memory=False)
+        found.append(others + first_lines("interval 2 state", differences(state, snapshot(twin), memory=False)))
+    by_hand, plain = found
+    comparable = one.by_hand and sites == ("output",)
+    return faults + (by_hand if comparable and (plain or not said) else [])
 
 
 def error_of(look: Snapshot) -> str:
