@@ -180,7 +180,7 @@ def of_images(net: Any, prompt: Prompt, see: See) -> Tensor:
     with torch.no_grad():
         for value in LEVELS:
             out = net(x, level(x, value), prompt.ctx)
-            see(out, out.stride(), out.is_contiguous(memory_format=torch.channels_last))
+            see(out)
             x = x - 0.1 * out
     return x
 

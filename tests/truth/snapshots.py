@@ -45,11 +45,15 @@ class Kept:
             return Kept(plain.as_subclass(Tensor).clone(), about, plain.stride())
 
     def __eq__(self, other: object) -> bool:
-        return self.equals(other) and isinstance(other, Kept) and self.stride == other.stride
+        if not isinstance(other, Kept) or (self.about, self.stride) != (other.about, other.stride):
+            return False
+        return self._bits() == other._bits()
 
     def equals(self, other: object) -> bool:
-        """Whether the other one holds the same, however it lies in memory."""
-        return isinstance(other, Kept) and self.about == other.about and self._bits() == other._bits()
+        """Whether the other one holds equal numbers, however they lie in memory; 0.0 and -0.0 are equal."""
+        if not isinstance(other, Kept) or self.about != other.about:
+            return False
+        return torch.allclose(self.value, other.value, rtol=0, atol=0, equal_nan=True)
 
     def __hash__(self) -> int:
         return hash(self.about)
@@ -64,7 +68,7 @@ class Kept:
         """How this one differs from the right one."""
         if not isinstance(other, Kept) or self.about != other.about:
             return f"{self!r}, right: {other!r}"
-        if self.equals(other):
+        if self.stride != other.stride:
             return f"strides {self.stride}, right: {other.stride}"
         ours, right = self.value.double(), other.value.double()
         return f"relative error {float((ours - right).norm() / right.norm()):.3g}"
@@ -171,12 +175,8 @@ class _Walk:
                 self.see(value.grad, f"{path}.grad")
 
     def module(self, value: nn.Module, path: str) -> None:
-        """A module as copying sees it: dcc leaves out there what compiling added."""
         self.found[path] = type(value).__qualname__
-        state = nn.Module.__getattribute__(value, "__dict__")
-        if "__getstate__" in state:
-            state = state["__getstate__"]()
-        for name, item in state.items():
+        for name, item in vars(value).items():
             if "_hooks" in name and isinstance(item, dict):
                 item = list(item.values())  # the keys are numbers that torch counts over all modules
             self.see(item, f"{path}.{name}")

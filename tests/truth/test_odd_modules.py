@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import dcc
 from dcc.errors import DccError
+from dcc.record import seam
 
 from . import (
     odd_branches,
@@ -87,17 +88,30 @@ def calls_of(one: Odd, net: Any, prompts: Sequence[int], call: Any = None) -> li
 
 
 class ByHand:
-    """Interval 2 as a person writes it: every other step gives the last answer again."""
+    """Interval 2 as a person writes it: every other step gives the last answer again, from a copy of its own."""
 
     def __init__(self, net: Any) -> None:
         self.net, self.steps, self.last = net, 0, None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.steps % 2 == 0:
-            self.last = self.net(*args, **kwargs)
         self.steps += 1
-        copies = {id(leaf): leaf.clone() for leaf in tree_leaves(self.last) if isinstance(leaf, Tensor)}
-        return tree_map(lambda leaf: copies.get(id(leaf), leaf), self.last) if self.steps % 2 == 0 else self.last
+        if self.steps % 2 == 0:
+            return copied(self.last)
+        out = self.net(*args, **kwargs)
+        self.last = copied(out)
+        return out
+
+
+def copied(answer: Any) -> Any:
+    """The same answer in memory of its own; a tensor that stands in it twice is one tensor there too."""
+    copies = {id(leaf): leaf.clone() for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)}
+    return tree_map(lambda leaf: copies.get(id(leaf), leaf), answer)
+
+
+def state_of(net: Any) -> Snapshot:
+    """The state of a module without what compiling has set on it, compiled or not."""
+    with seam.installed(net, None):
+        return snapshot(net)
 
 
 def compiled(one: Odd, net: Any, interval: int) -> None:
@@ -105,7 +119,6 @@ def compiled(one: Odd, net: Any, interval: int) -> None:
         with one.around(module):
             return one.loop(module, prompt, lambda *values: None)
 
-    one.between(net)
     options: dict[str, Any] = {"policy": "interval", "interval": interval, "backend": "eager"}
     dcc.compile(net, [Prompt.of(CALIBRATION)], sample=sample, **options)
 
@@ -136,7 +149,6 @@ def outcome(name: str) -> Outcome:
     """Compiles and serves an odd module at interval 1 beside its twin; then at interval 2."""
     one = ODD[name]
     net, twin = one.build(), one.build()
-    one.between(net)
     one.between(twin)
     try:
         faults = faults_of_compiling(one, net, interval=1)
@@ -151,7 +163,7 @@ def outcome(name: str) -> Outcome:
 
     one.start(net)
     ours, drawn, watched = calls_of(one, net, range(4)), generators(), snapshot(one.watched())
-    state = snapshot(net)
+    state = state_of(net)
     said, originals = problems_of(net)
     dcc.restore(net)
     restored = snapshot(net)
@@ -176,10 +188,11 @@ def outcome(name: str) -> Outcome:
 
 def faults_of_compiling(one: Odd, net: Any, interval: int) -> list[str]:
     """Compiles a module, and finds what compiling alone has changed."""
+    one.between(net)
     seed(5)
     before, drawn = snapshot(net), generators()
     compiled(one, net, interval)
-    after = snapshot(net)
+    after = state_of(net)
     faults = first_lines("compile moved a generator", differences(generators(), drawn))
     faults += first_lines("compile changed the module", differences(after, before, outside=False))
     return faults + first_lines("compile left a trace", traces(after))
@@ -200,7 +213,7 @@ def faults_at_interval_2(one: Odd, net: Any, before: int) -> list[str]:
     except Exception as error:  # as above; interval 1 was not refused
         return [f"interval 2: compile raised {type(error).__name__}: {str(error)[:300]}"]
     one.start(net)
-    looks, state = calls_of(one, net, (0, 1, 2)), snapshot(net)
+    looks, state = calls_of(one, net, (0, 1, 2)), state_of(net)
     said, _ = problems_of(net)
     sites = dcc.compiled(net).plan.sites
     dcc.restore(net)
