@@ -162,7 +162,7 @@ class NestedMeter(Net):
         return out
 
 
-@odd("counters", uncacheable=True, outside=True)
+@odd("counters", uncacheable=True, outside=True, start=lambda net: net.restart())
 class CountsInAClosure(Net):
     """The counter is a variable of the function that made it."""
 
@@ -172,13 +172,17 @@ class CountsInAClosure(Net):
 
         def count():
             nonlocal number
-            number = (number + 1) % 5  # compiling and serving both make whole runs of five
+            number += 1
             return number
 
-        self.count = count
+        def restart():
+            nonlocal number
+            number = 0
+
+        self.count, self.restart = count, restart
 
     def forward(self, x, t, ctx):
-        return super().forward(x, t, ctx) + self.count()
+        return super().forward(x, t, ctx) / self.count()
 
 
 @odd("counters", uncacheable=True, outside=True, start=lambda net: TOTALS.update(calls=0), watched=lambda: TOTALS)

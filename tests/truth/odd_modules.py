@@ -97,7 +97,8 @@ class Odd:
     that is as good as serving it. `uncacheable` says that reusing an output cannot be right, so that the summary has to
     say what was found; `outside`, that it keeps something where a compiler of modules cannot look for it (a global, a
     closure): compiling may move that, serving may not. `by_hand` is False where the loop does not call the module
-    once a step, so that a cache written by hand in one line would be another one.
+    once a step, so that a cache written by hand in one line would be another one. `long` ones are like others that
+    are not, and not in the default run. What `watched` gives is part of what a call leaves behind.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Odd:
     uncacheable: bool
     outside: bool
     by_hand: bool
+    long: bool
     watched: Callable[[], Any]
 
     def build(self) -> nn.Module:
@@ -133,6 +135,7 @@ def odd(
     uncacheable: bool = False,
     outside: bool = False,
     by_hand: bool = True,
+    long: bool = False,
     watched: Callable[[], Any] = lambda: None,
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Adds a class of modules to the odd ones, in eval mode, under its name in words."""
@@ -153,6 +156,7 @@ def odd(
             uncacheable=uncacheable,
             outside=outside,
             by_hand=by_hand,
+            long=long,
             watched=watched,
         )
         return kind_of_net
