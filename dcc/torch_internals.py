@@ -199,7 +199,7 @@ def _described(value: Any) -> Any:
 def _built(data: Any) -> Any:
     if type(data) is int:
         return data
-    ((kind, content),) = data.items() if isinstance(data, dict) else ((None, None),)
+    ((kind, content),) = data.items() if isinstance(data, dict) and len(data) == 1 else ((None, None),)
     if kind in ("tuple", "list") and isinstance(content, list):
         items = [_built(item) for item in content]
         return tuple(items) if kind == "tuple" else items

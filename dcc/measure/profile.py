@@ -161,7 +161,7 @@ class Profile:
         header, tensors = read_tensors(path, MARK, VERSION, ProfileError)
         try:
             parts = _fields(header)
-            return cls(**parts, **_unpacked(parts, tensors))
+            return cls(**parts | _unpacked(parts, tensors))
         except ProfileError as error:
             raise ProfileError(f"{path}: {error}") from error
 
