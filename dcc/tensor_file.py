@@ -17,6 +17,7 @@ from dcc.errors import DccError
 from dcc.files import parse_json, read_bytes, write_file
 
 MOST = 2**30  # bytes of a file; a profile of 250 steps and 200 sites has a tenth
+MOST_HEADER = 2**23  # bytes of its JSON header; a graph of 10,000 operators has a quarter
 PREFIX = 8  # bytes that hold the length of what safetensors keeps before the tensors
 
 
@@ -31,8 +32,8 @@ def write_tensors(
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {mark: str(version), "header": text, "checksum": checksum(mark, version, text, own)}
     data = save(own, metadata)
-    if len(data) > MOST:
-        raise ValueError(f"{len(data)} bytes are more than the {MOST} of the largest file")
+    if len(data) > MOST or len(text.encode()) > MOST_HEADER:
+        raise ValueError(f"more than {MOST} bytes, or more than {MOST_HEADER} bytes of header, which none would read")
     write_file(path, data)
 
 
@@ -42,7 +43,7 @@ def read_tensors(
     """Header and tensors of a file of `write_tensors`. Raises `refused`, naming the file and what is wrong with it."""
     data = read_bytes(path, refused, MOST)
     end = PREFIX + int.from_bytes(data[:PREFIX], "little")
-    if len(data) <= PREFIX or end > len(data):
+    if len(data) <= PREFIX or end > len(data) or end > 2 * MOST_HEADER:
         raise refused(f"{path}: not a safetensors file, or cut short")
     outer = parse_json(data[PREFIX:end], f"{path}: not a safetensors file, or cut short: its header", refused)
     metadata = outer.get("__metadata__") if isinstance(outer, dict) else None
@@ -57,8 +58,8 @@ def read_tensors(
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # unknown dtypes, odd sizes
         raise refused(f"{path}: not a safetensors file, or cut short: {error}") from error
     text = metadata.get("header")
-    if not isinstance(text, str):
-        raise refused(f"{path}: field 'header' is missing")
+    if not isinstance(text, str) or len(text.encode()) > MOST_HEADER:
+        raise refused(f"{path}: field 'header' is missing, or has more than {MOST_HEADER} bytes")
     if metadata.get("checksum") != checksum(mark, version, text, tensors):
         raise refused(f"{path}: field 'checksum' does not fit the header and the tensors; the file was changed")
     header = parse_json(text, f"{path}: field 'header'", refused)

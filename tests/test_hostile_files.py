@@ -108,13 +108,13 @@ def test_plans_with_one_value_changed(name, canary, tmp_path):
     path, tried = tmp_path / "plan.json", count()
     PLANS[name].save(path)
     data = json.loads(path.read_text())
-    for edit, other in changed(data, canary, 150):
+    for edit, other in changed(data, canary, 80):
         path.write_text(json.dumps(other))
         plan = outcome(edit, lambda: Plan.load(path), PlanError)
         if plan is not None:
             outcome(edit, lambda plan=plan: use_plan(plan, path), PlanError)
         next(tried)
-    assert next(tried) == 150
+    assert next(tried) == 80
 
 
 @pytest.mark.parametrize("text", ['"model": "a", "model": "b"', '"levels": [1], "levels": [2]'])
@@ -137,14 +137,14 @@ def use_profile(profile):
 def test_profiles_with_one_value_changed(canary, tmp_path):
     path, tried = tmp_path / "p.safetensors", count()
     a_profile().save(path)
-    for edit, header in changed(header_of(path), canary, 300):
+    for edit, header in changed(header_of(path), canary, 200):
         a_profile().save(path)
         rewrite(path, "dcc_profile", PROFILE_VERSION, header)
         profile = outcome(edit, lambda: Profile.load(path), ProfileError)
         if profile is not None:
             use_profile(profile)
         next(tried)
-    assert next(tried) == 300
+    assert next(tried) == 200
 
 
 def a_checkpoint(path, done=1):
@@ -265,12 +265,12 @@ def read_stored(name, path, graph):
 def test_graphs_with_one_value_changed(graph, canary, tmp_path):
     path, tried = tmp_path / "net.graph", count()
     path.write_bytes(graph[0])
-    for edit, header in changed(header_of(path), canary, 400):
+    for edit, header in changed(header_of(path), canary, 150):
         path.write_bytes(graph[0])
         rewrite(path, MARK, FORMAT, header)
         read_stored(edit, path, graph)
         next(tried)
-    assert next(tried) == 400
+    assert next(tried) == 150
 
 
 def attacks(header, canary):
@@ -373,7 +373,7 @@ def test_a_header_that_was_changed_alone_is_refused(graph, canary, tmp_path):
     for name, mark in paths.items():
         data = (tmp_path / name).read_bytes()
         for old, new in ((rb"0", rb"9"), (rb"s", rb"t"), (rb" ", rb"\n")):
-            place = data.index(b'\\": ') + data[data.index(b'\\": ') :].index(old)
+            place = data.index(old, data.index(b'"header":"') + 10)
             (tmp_path / name).write_bytes(data[:place] + new + data[place + 1 :])
             with pytest.raises(DccError, match=rf"{name}: .*(checksum|JSON|missing)"):
                 loads[name](tmp_path / name)

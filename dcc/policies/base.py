@@ -242,7 +242,7 @@ def read_table(table: Sequence[Sequence[float]] | str) -> list[list[float]]:
     if not isinstance(table, Sequence) or not all(isinstance(row, Sequence) for row in table):
         raise PolicyError("mask must be a list of rows, one per step, or a .json or .safetensors file that holds one")
     if not all(finite(value) or isinstance(value, bool) for row in table for value in row):
-        raise PolicyError("mask must hold finite numbers only, one per step and branch")
+        raise PolicyError("mask must hold numbers only, finite ones, one per step and branch")
     rows: Any = table
     return [list(row) for row in rows]
 
