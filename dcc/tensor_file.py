@@ -17,7 +17,7 @@ from dcc.errors import DccError
 from dcc.files import parse_json, read_bytes, write_file
 
 MOST = 2**30  # bytes of a file; a profile of 250 steps and 200 sites has a tenth
-MOST_HEADER = 2**23  # bytes of its JSON header; a graph of 10,000 operators has a quarter
+MOST_HEADER = 2**22  # bytes of its JSON header; a graph of 10,000 operators has half
 PREFIX = 8  # bytes that hold the length of what safetensors keeps before the tensors
 
 
