@@ -143,11 +143,11 @@ def _read(path: Path, module: nn.Module, call: Call) -> Captured:
 
 def write(place: Place, captured: Captured) -> str:
     """Keeps the graph for later processes. Returns why it cannot be kept, or an empty text."""
-    if captured.problem is not None or place == Place(None):
+    if captured.problem is not None:
         return ""
+    if place.path is None:
+        return place.problem and f", not kept on disk: {place.problem}"
     try:
-        if place.path is None:
-            raise CaptureError(place.problem)
         facts = {
             "inputs": captured.inputs,
             "weights": {name: weight.path for name, weight in captured.weights.items()},
