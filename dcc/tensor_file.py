@@ -73,5 +73,5 @@ def checksum(mark: str, version: int, header: str, tensors: Mapping[str, Tensor]
     facts = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
     digest = hashlib.sha256(json.dumps([mark, version, header, facts]).encode())
     for name in sorted(tensors):
-        digest.update(memoryview(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -259,7 +259,7 @@ def _fields(header: dict[str, Any]) -> dict[str, Any]:
     return {name: tuples(value) for name, value in header.items()} | {"costs": read_costs(header["costs"])}
 
 
-def _unpacked(parts: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _unpacked(parts: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The tensors of a file, with whole Gram matrices made of their stored upper halves."""
     if set(tensors) != set(TENSORS):
         name = min(set(tensors) ^ set(TENSORS))
