@@ -26,7 +26,9 @@ ROOMS = (  # the floors of dcc, top to bottom; a room may import those below it 
     ("passes",),
     ("kernels",),
     ("demo",),
-    ("decisions", "errors", "files", "quality", "text", "torch_internals"),
+    ("tensor_file",),
+    ("files",),
+    ("decisions", "errors", "quality", "text", "torch_internals"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 

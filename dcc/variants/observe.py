@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 
 from dcc import passes as rewrites
 from dcc.errors import OptionError, PassError
+from dcc.files import write_file
 from dcc.passes.base import VARIANT, Pass, Row
 from dcc.passes.text import text
 from dcc.passes.verify import verify
@@ -108,7 +109,7 @@ class Observer:
             print(text(graph_module), file=sys.stderr)
         if self.options.dump:
             self.options.dump.mkdir(parents=True, exist_ok=True)
-            (self.options.dump / f"{variant}_{index:02d}_{pass_.name}.txt").write_text(text(graph_module))
+            write_file(self.options.dump / f"{variant}_{index:02d}_{pass_.name}.txt", text(graph_module))
 
 
 def check_order(passes: Sequence[Pass]) -> None:
