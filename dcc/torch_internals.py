@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ __all__ = [
     "symbols_of",
     "to_copy",
     "version",
+    "without_guards",
 ]
 
 ASSERTIONS = frozenset(  # what torch.export leaves in a graph to check a value, a dtype or a size
@@ -105,6 +107,14 @@ def sizes_from_hints(hints: Mapping[str, int]) -> tuple[FakeTensorMode, dict[str
         symbol = environment.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC)
         sizes[name] = environment.create_symintnode(symbol, hint=value, source=source)
     return FakeTensorMode(shape_env=environment), sizes
+
+
+def without_guards() -> AbstractContextManager[None]:
+    """While it lasts, operators on fake tensors leave symbolic sizes as they are, also where they compare them.
+
+    A graph that is rewritten shares its symbols with the captured one, which serves other calls too.
+    """
+    return ShapeEnv().suppress_guards()
 
 
 def hint(size: Any) -> int:

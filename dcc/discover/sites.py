@@ -18,9 +18,10 @@ from dcc.passes.base import GUIDANCE, Port, Site
 from dcc.passes.blocks import Block
 from dcc.passes.costs import Cost, costs
 from dcc.passes.dataflow import Dataflow
-from dcc.passes.graph import nodes_by_name, returned
+from dcc.passes.graph import nodes_by_name, op_name, returned
 from dcc.passes.levels import level_cut, levels, skip_pairs
-from dcc.passes.residual_stream import PRODUCTS, attention_output, base_of, branches, op_name
+from dcc.passes.residual_stream import PRODUCTS, attention_output, base_of, branches
+from dcc.passes.same_sizes import follows
 from dcc.record.call import Call
 from dcc.record.recorder import Recording
 from dcc.text import human_bytes, render
@@ -246,18 +247,17 @@ class _Finder:
     @property
     def sample(self) -> str:
         """The graph input that carries the sampler's state: shaped like the output, or else the largest that moves."""
-        output = self.costs[returned(self.graph_module)[0].name].shape
+        output = returned(self.graph_module)[0]
 
         def likeness(item: tuple[str, str]) -> tuple[bool, bool, int]:
-            cost = self.costs[item[1]]
-            return self.varies(item[0]), cost.shape == output, cost.bytes
+            return self.varies(item[0]), follows(output, self.nodes[item[1]]), self.costs[item[1]].bytes
 
         return max(self.sites.captured.inputs.items(), key=likeness)[1]
 
     def latent(self, outputs: Sequence[Node]) -> None:
         """Adds the sampler's state itself, the output relative to it where their shapes agree, and `uncond`."""
         self.add("latent", PROBE, [Port(self.sample)])
-        if len(outputs) == 1 and self.costs[outputs[0].name].shape == self.costs[self.sample].shape:
+        if len(outputs) == 1 and follows(outputs[0], self.nodes[self.sample]):
             self.add("delta", "residual", [Port(outputs[0].name, self.sample)])
         if (
             self.sites.run is not None
