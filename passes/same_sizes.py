@@ -52,11 +52,15 @@ def same_shape(a: Node, b: Node) -> bool:
 
 
 def follows(a: Node, b: Node) -> bool:
-    """Whether each size of `a` is that of `b`, or that of `b` rounded to whole patches, as it was not at capture."""
+    """Whether each size of `a` is that of `b` up to rounding to whole patches, as an output's is that of its latent.
+
+    A fixed size is taken for a symbolic one that it was equal to at capture: weights fix the number of channels.
+    """
     mine, its = shape(a), shape(b)
 
     def rounded(one: Any, other: Any) -> bool:
-        return symbols_of(one) == symbols_of(other) and hint(one) == hint(other)
+        one_is_fixed = fixed_size(one) is not None or fixed_size(other) is not None
+        return hint(one) == hint(other) and (one_is_fixed or symbols_of(one) == symbols_of(other))
 
     pairs = list(zip(mine, its, strict=False))
     return len(mine) == len(its) and all(same_size(a.graph, *pair) or rounded(*pair) for pair in pairs)
