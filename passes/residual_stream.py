@@ -15,11 +15,11 @@ from torch.fx import Node
 
 from dcc.passes.graph import arguments, carries_tensors, is_tensor, op_name, shape
 from dcc.passes.same_sizes import same_shape, same_size, same_sizes
+from dcc.passes.side_products import PRODUCTS
 from dcc.passes.stream_walk import SHAPE_CHANGES, SUMS, tensors, walk
 
 ATTENTION = ("scaled_dot_product", "softmax")
 ACTIVATIONS = ("gelu", "silu", "relu", "sigmoid", "tanh")
-PRODUCTS = ("linear", "addmm", "mm", "matmul", "bmm", "convolution", "conv1d", "conv2d", "conv3d")
 
 
 @dataclass(frozen=True)

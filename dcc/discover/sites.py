@@ -6,7 +6,7 @@ import difflib
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.tree import Tree
 from torch.fx import GraphModule, Node
@@ -20,8 +20,9 @@ from dcc.passes.costs import Cost, costs
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import nodes_by_name, op_name, returned
 from dcc.passes.levels import level_cut, levels, skip_pairs
-from dcc.passes.residual_stream import PRODUCTS, attention_output, base_of, branches
+from dcc.passes.residual_stream import attention_output, base_of, branches
 from dcc.passes.same_sizes import follows
+from dcc.passes.side_products import PRODUCTS, SideProducts, side_products
 from dcc.record.call import Call
 from dcc.record.recorder import Recording
 from dcc.text import human_bytes, render
@@ -234,7 +235,7 @@ class _Finder:
         if self.sites.captured.problem:
             return
         self.latent(outputs)
-        self.sites.order = block_analysis.outermost_blocks(self.graph_module, self.costs)
+        self.sites.order = block_analysis.outermost_blocks(self.graph_module, self.lasting)
         self.hidden()
         if self.sites.order:
             self.stacks()
@@ -243,6 +244,19 @@ class _Finder:
         for block in self.sites.order:
             self.add_site(self.residual(block.path, [block]))
             self.branches(block)
+
+    @functools.cached_property
+    def side(self) -> SideProducts:
+        """The products of adapters beside those of the denoiser's own layers."""
+        return side_products(self.graph_module)
+
+    @property
+    def lasting(self) -> dict[str, Cost]:
+        """The costs that every state of the module has, adapters or none: of values made of the call's own inputs."""
+        return {
+            name: replace(cost, flops=cost.flops if name in self.moving and name not in self.side.at_side else 0)
+            for name, cost in self.costs.items()
+        }
 
     @property
     def sample(self) -> str:
@@ -356,11 +370,25 @@ class _Finder:
         moved = self.flow.depends_on([self.sample])
         found: dict[str, Node] = {}
         for node in self.graph_module.graph.nodes:
-            if node.name in inside & moved and op_name(node) == "linear" and len(self.costs[node.name].shape) > 2:
-                path = (block_analysis.paths(node) or [node.name])[-1]
+            if node.name in self.side.at_side or op_name(node) != "linear" or len(self.costs[node.name].shape) <= 2:
+                continue
+            if node.name in inside & moved:
+                path = self.layer(node)
                 count = sum(name.split("#")[0] == path for name in found)
-                found[f"{path}#{count}" if count else path] = node
+                found[f"{path}#{count}" if count else path] = self.side.whole.get(node.name, node)
         return [self.site(f"{LINEAR}:{path}", LINEAR, [Port(node.name)]) for path, node in found.items()]
+
+    def layer(self, product: Node) -> str:
+        """Path of the layer that gives a product: of the module that adds what is at its side, or only wraps it."""
+        if product.name in self.side.whole:
+            return block_analysis.paths(self.side.whole[product.name])[-1]
+        around = block_analysis.paths(product) or [product.name]
+        return next((path for path in around if self.members.get(path) == {product.name}), around[-1])
+
+    @functools.cached_property
+    def members(self) -> dict[str, set[str]]:
+        """Names of the nodes inside every module, by path."""
+        return block_analysis.members(self.graph_module)
 
     def heads(self, name: str) -> Site | None:
         """The site of what attention gives to the projection that it shares with an MLP; None where it shares none."""
