@@ -6,6 +6,7 @@ data flow where all sizes are fixed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
@@ -24,14 +25,13 @@ from dcc.variants.observe import Observer
 
 from .joint_nets import LATENT, TEXT, WIDTH, Tokens, sites
 from .nets import apart
-from .oracle import Cached, History, Oracle
+from .oracle import Cached, History, Oracle, Tap
 
 LEVELS = (0.9, 0.7, 0.5, 0.2)
 COMPUTED = (1, 0, 1, 0)  # interval 2
 TOLERANCE = 1e-5
 Sizes = tuple[int, int, int]  # samples, image tokens, text tokens
-APART: Sizes = (2, 5, 3)
-OTHERS: tuple[Sizes, ...] = ((2, 9, 4), (3, 4, 7))
+SITES = sites()
 
 
 def start(sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -64,66 +64,76 @@ def plan(net: Tokens, name: str) -> Plan:
     )
 
 
+def subject_of(net: Tokens, sizes: Sizes) -> Subject:
+    """The subject of a denoiser, recorded and captured at these sizes."""
+    loop = lambda module, seed: generate(lambda step, kwargs: module(**kwargs), sizes)  # noqa: E731
+    return apart(net, [0], sample=loop, plan=plan(net, "output"), backend="eager").subject
+
+
 @cache
 def recorded(sizes: Sizes, fixed: int = 0) -> tuple[Tokens, Subject]:
-    """A denoiser and its subject, recorded and captured at these sizes."""
+    """A denoiser and its subject; captured once for all tests."""
     net = Tokens(fixed)
-    loop = lambda module, seed: generate(lambda step, kwargs: module(**kwargs), sizes)  # noqa: E731
-    made = apart(net, [0], sample=loop, plan=plan(net, "output"), backend="eager")
-    return net, made.subject
+    return net, subject_of(net, sizes)
 
 
-def check(sizes: Sizes, others: tuple[Sizes, ...], fixed: int = 0) -> None:
-    """Compares every site with the oracle at interval 2, at the recorded sizes and at others."""
-    net, subject = recorded(sizes, fixed)
-    for name, taps in sites().items():
-        found = subject.sites[name]
-        assert [port.base is not None for port in found.ports] == [tap.base is not None for tap in taps], name
-        own = plan(net, name)
-        family = build(own, subject.sites, Observer())
-        for at in (sizes, *others):
-            compiled = dcc.CompiledDenoiser(subject, own, families=[family])
-            oracle, history = Oracle(net, [Cached(taps, COMPUTED)]), History()
-            ours = generate(lambda step, kwargs, compiled=compiled: compiled(**kwargs), at)
-            theirs = generate(lambda step, kwargs, o=oracle, h=history: o(h, step, kwargs), at)
-            for step, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
-                error = float((mine - its).abs().max() / its.abs().max())
-                assert error <= TOLERANCE, f"{name} at {at}, step {step}: {error:.1e} from the oracle"
-            counts = compiled.sessions.counts
-            assert (counts.computed, counts.forecast, counts.missed) == (2, 2, 0), (name, at)
+def compare(net: Tokens, subject: Subject, name: str, taps: tuple[Tap, ...], at_sizes: Sequence[Sizes]) -> None:
+    """Compares a site with the oracle at interval 2."""
+    own = plan(net, name)
+    assert [port.base is not None for port in subject.sites[name].ports] == [tap.base is not None for tap in taps], name
+    family = build(own, subject.sites, Observer())
+    for at in at_sizes:
+        compiled = dcc.CompiledDenoiser(subject, own, families=[family])
+        oracle, history = Oracle(net, [Cached(taps, COMPUTED)]), History()
+        ours = generate(lambda step, kwargs, compiled=compiled: compiled(**kwargs), at)
+        theirs = generate(lambda step, kwargs, o=oracle, h=history: o(h, step, kwargs), at)
+        for step, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
+            error = float((mine - its).abs().max() / its.abs().max())
+            assert error <= TOLERANCE, f"{name} at {at}, step {step}: {error:.1e} from the oracle"
+        counts = compiled.sessions.counts
+        assert (counts.computed, counts.forecast, counts.missed) == (2, 2, 0), (name, at)
 
 
-def test_sizes_apart() -> None:
-    check(APART, OTHERS)
+def check(name: str, sizes: Sizes, others: Sequence[Sizes], fixed: int = 0) -> None:
+    """Compares a site with the oracle at the recorded sizes and at others."""
+    compare(*recorded(sizes, fixed), name, SITES[name], (sizes, *others))
 
 
-@settings(derandomize=True, max_examples=4, deadline=None, database=None)
-@given(st.tuples(st.sampled_from((2, 4)), st.sampled_from((2, 4, WIDTH)), st.booleans()))
-def test_as_many_image_tokens_as_text_tokens(drawn: tuple[int, int, bool]) -> None:
-    """Also as many as samples, as channels of the latent, or as channels inside."""
-    samples, tokens, alone = drawn
-    check((samples, tokens, TEXT if alone else tokens), (*OTHERS, (samples, tokens + 1, tokens)))
+@pytest.mark.parametrize("name", SITES)
+def test_as_many_image_tokens_as_text_tokens_as_samples_as_channels(name: str) -> None:
+    """All at once: the latent has four channels."""
+    check(name, (4, 4, 4), ((4, 9, 4), (3, 4, 7)))
 
 
-def test_fixed_sizes_are_told_apart_by_data_flow() -> None:
-    check((2, 4, 3), ((3, 4, 5),), fixed=4)
+@pytest.mark.parametrize("name", SITES)
+def test_fixed_numbers_of_tokens_are_told_apart_by_data_flow(name: str) -> None:
+    check(name, (2, 5, 3), ((3, 5, 4),), fixed=5)
 
 
-@pytest.mark.parametrize("fixed", [0, 5])
-def test_sites_are_those_of_sizes_apart(fixed: int) -> None:
+@settings(derandomize=True, max_examples=12, deadline=None, database=None)
+@given(
+    st.sampled_from([(2, WIDTH, WIDTH), (3, 4, 3)]), st.sampled_from(list(SITES)), st.integers(2, 9), st.integers(2, 9)
+)
+def test_some_sizes_coincide(sizes: Sizes, name: str, image: int, text: int) -> None:
+    """As many tokens as channels inside, or as many words as samples; then at drawn sizes."""
+    check(name, sizes, ((sizes[0], image, text), (2, image, image)))
+
+
+def test_sites_are_those_of_sizes_apart() -> None:
     """One module has the same sites however it is captured."""
-    expected = recorded(APART)[1].sites
-    found = recorded((2, 5, 5), fixed)[1].sites
-    assert {site.name: (site.kind, len(site.ports)) for site in found} == {
-        site.name: (site.kind, len(site.ports)) for site in expected
-    }
+    apart, together, fixed = (
+        {site.name: (site.kind, len(site.ports)) for site in recorded(*how)[1].sites if "[" not in site.name}
+        for how in (((3, 4, 3), 0), ((4, 4, 4), 0), ((2, 5, 3), 5))
+    )
+    assert together == apart
+    assert fixed == apart
 
 
 def test_passes_leave_the_symbols_of_the_captured_graph() -> None:
     """A rewrite that made two sizes one would change the graph that other plans and other sizes are served from."""
-    net, subject = recorded((2, 4, 4))
+    net, subject = recorded((4, 4, 4))
     nodes = [node for node in subject.sites.graph_module.graph.nodes if node.op == "placeholder"]
     before = [str(node.meta["val"].shape) for node in nodes]
-    for name in sites():
+    for name in SITES:
         build(plan(net, name), subject.sites, Observer())
     assert [str(node.meta["val"].shape) for node in nodes] == before

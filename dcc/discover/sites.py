@@ -203,17 +203,20 @@ class Sites:
         return _Finder(self).residual(name, self.order[start:stop])
 
 
-def find_sites(captured: Captured, call: Call, run: Recording | None = None) -> Sites:
+def find_sites(
+    captured: Captured, call: Call, run: Recording | None = None, order: Sequence[str] | None = None
+) -> Sites:
     """All sites of `captured`, with shapes, bytes and FLOPs of the concrete `call`.
 
     `run` tells which inputs move and whether guidance comes as a merged batch; without it every input may move, and
-    there is no guidance.
+    there is no guidance. `order` holds the paths of the blocks of another capture of the module: where this one has
+    them all they are its blocks too, so that `blocks[a:b]` means the same ones at other sizes and in other states.
     """
     sites = Sites(captured, call, run)
     if not captured.problem:
         sites.costs = costs(captured.graph_module, captured.inputs_of(call))
     sites.flops = sum(cost.flops for cost in sites.costs.values())
-    _Finder(sites).find()
+    _Finder(sites).find(order)
     return sites
 
 
@@ -229,13 +232,17 @@ class _Finder:
         self.numbered = list(block_analysis.numbered_blocks(self.graph_module).values())
         self.moving = self.flow.depends_on(sites.captured.inputs.values())
 
-    def find(self) -> None:
+    def find(self, order: Sequence[str] | None) -> None:
         outputs = returned(self.graph_module)
         self.add("output", "output", [Port(node.name) for node in outputs])
         if self.sites.captured.problem:
             return
         self.latent(outputs)
-        self.sites.order = block_analysis.outermost_blocks(self.graph_module, self.lasting)
+        known = {block.path: block for block in self.numbered}
+        if order is not None and all(path in known for path in order):
+            self.sites.order = [known[path] for path in order]
+        else:
+            self.sites.order = block_analysis.outermost_blocks(self.graph_module, self.lasting)
         self.hidden()
         if self.sites.order:
             self.stacks()
