@@ -82,6 +82,12 @@ def arguments(node: Node) -> tuple[Any, ...]:
     return cast("tuple[Any, ...]", node.args)
 
 
+def along(node: Node, position: int, rank: int) -> int:
+    """The dimension along which an operator works, its argument number `position` or `dim`, counted from the first."""
+    given: Any = node.args[position] if position < len(node.args) else node.kwargs.get("dim", 0)
+    return given % rank
+
+
 def insert_call(graph_module: GraphModule, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
     """A new call at the graph's present insertion point, with `meta["val"]` computed on fake tensors."""
     node = graph_module.graph.call_function(target, args, kwargs)

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from torch.fx import Graph, GraphModule, Node
 
-from dcc.passes.graph import arguments, is_tensor, op_name, returned, shape
+from dcc.passes.graph import along, arguments, is_tensor, op_name, returned, shape
 from dcc.torch_internals import expression, fixed_size, hint, symbols_of
 
 ALIGNED = frozenset({"add", "sub", "mul", "div", "where", "maximum", "minimum"})  # broadcast, number by number
@@ -108,9 +108,9 @@ def _demanded(node: Node) -> Iterator[tuple[Any, Any]]:
         shapes = [shape(source)[::-1] for source in node.all_input_nodes if is_tensor(source)]
     elif name in JOINED and all(map(is_tensor, node.all_input_nodes)):
         shapes = [shape(source) for source in arguments(node)[0]]
-        along = arguments(node)[1] if len(arguments(node)) > 1 else node.kwargs.get("dim", 0)
         if name == "cat":
-            shapes = [sizes[: along % len(sizes)] + sizes[along % len(sizes) + 1 :] for sizes in shapes]
+            joined = along(node, 1, len(shape(node)))
+            shapes = [sizes[:joined] + sizes[joined + 1 :] for sizes in shapes]
     else:
         return
     for index, first in enumerate(shapes):

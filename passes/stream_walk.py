@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from dcc.passes.graph import arguments, is_tensor, op_name, shape
+from dcc.passes.graph import along, arguments, is_tensor, op_name, shape
 from dcc.passes.same_sizes import canonical, same_size
 
 SHAPE_CHANGES = frozenset(
@@ -80,16 +80,16 @@ def _sources(node: Node, part: Part) -> Iterator[tuple[Node, Part]]:
 
 def _sliced(node: Node, part: Part) -> Part:
     """The part of the argument of a slice that a part of the slice is."""
-    given = dict(enumerate(arguments(node)))
-    source, along, step = given[0], given.get(1, 0) % len(shape(node)), given.get(4, 1)
-    size = canonical(shape(source)[along])
+    given: dict[int, Any] = dict(enumerate(node.args))
+    cut = along(node, 1, len(shape(node)))
+    size = canonical(shape(given[0])[cut])
     start, end = (_place(value, size) for value in (given.get(2), given.get(3)))
     start, end = 0 if start is None else start, size if end is None else end
-    rest = tuple(p for p in part if p[0] != along)
-    if step != 1:
+    rest = tuple(p for p in part if p[0] != cut)
+    if given.get(4, 1) != 1:
         return rest
-    own = next(((start + first, start + last) for d, first, last in part if d == along), (start, end))
-    return rest if own == (0, size) else (*rest, (along, *own))
+    first, last = next(((start + a, start + b) for d, a, b in part if d == cut), (start, end))
+    return rest if (first, last) == (0, size) else (*rest, (cut, first, last))
 
 
 def _place(value: Any, size: Any) -> Any:
@@ -109,36 +109,35 @@ def _item(node: Node, part: Part) -> tuple[Node, Part]:
     name, source = op_name(taken), tensors(taken)[:1]
     if name not in LISTS or name == "unbind" or not source:
         return taken, ()
-    given = arguments(taken)
-    along = (given[2] if len(given) > 2 else taken.kwargs.get("dim", 0)) % len(shape(node))
-    sizes = [canonical(value.shape[along]) for value in taken.meta["val"]]
+    cut = along(taken, 2, len(shape(node)))
+    sizes = [canonical(value.shape[cut]) for value in taken.meta["val"]]
     offset = sum(sizes[:index])
-    own = next(((offset + a, offset + b) for d, a, b in part if d == along), (offset, offset + sizes[index]))
-    return source[0], (*(p for p in part if p[0] != along), (along, *own))
+    first, last = next(((offset + a, offset + b) for d, a, b in part if d == cut), (offset, offset + sizes[index]))
+    return source[0], (*(p for p in part if p[0] != cut), (cut, first, last))
 
 
 def _pieces(node: Node, part: Part) -> Iterator[tuple[Node, Part]]:
     """The pieces of a concatenation that a part of it comes from; all of them where its ends lie at no seam."""
-    given = arguments(node)
-    along = (given[1] if len(given) > 1 else node.kwargs.get("dim", 0)) % len(shape(node))
-    rest = tuple(p for p in part if p[0] != along)
-    seams = [0]
-    for piece in given[0]:
-        seams.append(seams[-1] + canonical(shape(piece)[along]))
-    for start, end in (p[1:] for p in part if p[0] == along):
+    pieces: list[Node] = arguments(node)[0]
+    seam = along(node, 1, len(shape(node)))
+    rest = tuple(p for p in part if p[0] != seam)
+    seams: list[Any] = [0]
+    for piece in pieces:
+        seams.append(seams[-1] + canonical(shape(piece)[seam]))
+    for start, end in (p[1:] for p in part if p[0] == seam):
         if all(isinstance(place, int) for place in (*seams, start, end)):
-            for index, piece in enumerate(given[0]):
+            for index, piece in enumerate(pieces):
                 first, last = max(start, seams[index]), min(end, seams[index + 1])
                 if first < last:
                     whole = (first, last) == (seams[index], seams[index + 1])
-                    own = () if whole else ((along, first - seams[index], last - seams[index]),)
+                    own = () if whole else ((seam, first - seams[index], last - seams[index]),)
                     yield piece, (*rest, *own)
             return
         if start in seams and end in seams:
-            for piece in given[0][seams.index(start) : seams.index(end)]:
+            for piece in pieces[seams.index(start) : seams.index(end)]:
                 yield piece, rest
             return
-    for piece in given[0]:
+    for piece in pieces:
         yield piece, rest
 
 

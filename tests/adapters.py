@@ -49,5 +49,6 @@ def fuse(module: nn.Module) -> None:
     for path, adapted in [(p, m) for p, m in module.named_modules() if isinstance(m, Adapted)]:
         owner, _, key = path.rpartition(".")
         for name in adapted.active:
-            adapted.base_layer.weight += 0.5 * adapted.up[name].weight @ adapted.down[name].weight
+            up, down = (part.get_parameter(f"{name}.weight") for part in (adapted.up, adapted.down))
+            adapted.base_layer.weight += 0.5 * up @ down
         setattr(module.get_submodule(owner), key, adapted.base_layer)

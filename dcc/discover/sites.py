@@ -382,7 +382,7 @@ class _Finder:
             if node.name in inside & moved:
                 path = self.layer(node)
                 count = sum(name.split("#")[0] == path for name in found)
-                found[f"{path}#{count}" if count else path] = self.side.whole.get(node.name, node)
+                found[f"{path}#{count}" if count else path] = self.side.whole.get(node.name) or node
         return [self.site(f"{LINEAR}:{path}", LINEAR, [Port(node.name)]) for path, node in found.items()]
 
     def layer(self, product: Node) -> str:
