@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import sympy
@@ -58,6 +59,7 @@ __all__ = [
     "tree_from_json",
     "tree_to_json",
     "version",
+    "without_guards",
 ]
 
 ASSERTIONS = frozenset(  # what torch.export leaves in a graph to check a value, a dtype or a size
@@ -136,6 +138,14 @@ class SizeEnvironment:
             return {"int": int, "float": float, "bool": bool}[kind](formula)
         node = SymNode(formula, self._shapes, {"int": int, "float": float, "bool": bool}[kind], value)
         return {"int": torch.SymInt, "float": torch.SymFloat, "bool": torch.SymBool}[kind](node)
+
+
+def without_guards() -> AbstractContextManager[None]:
+    """While it lasts, operators on fake tensors leave symbolic sizes as they are, also where they compare them.
+
+    A graph that is rewritten shares its symbols with the captured one, which serves other calls too.
+    """
+    return ShapeEnv().suppress_guards()
 
 
 def hint(size: Any) -> int:

@@ -65,8 +65,8 @@ class Subject:
         return len(self.run.levels)
 
     def sites_of(self, captured: Captured) -> Sites:
-        """The sites of another graph of the same denoiser, captured for calls of another signature."""
-        return find_sites(captured, captured.call, self.run)
+        """The sites of another graph of the same denoiser, captured in another state or for another signature."""
+        return find_sites(captured, captured.call, self.run, [block.path for block in self.sites.order])
 
 
 def record(target: Target, prompts: Sequence[Any]) -> Recording:

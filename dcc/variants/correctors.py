@@ -24,7 +24,8 @@ from dcc.discover.sites import LINEAR, Sites
 from dcc.errors import PlanError
 from dcc.files import check_regular
 from dcc.passes.base import Correction, Port, Site
-from dcc.passes.graph import arguments, is_tensor, nodes_by_name
+from dcc.passes.graph import arguments, is_tensor, nodes_by_name, op_name
+from dcc.passes.side_products import side_products
 from dcc.plans.forms import CorrectorForm, Form
 from dcc.torch_internals import version
 
@@ -106,7 +107,9 @@ def _low_rank(form: CorrectorForm, site: Site, sites: Sites) -> list[Correction]
     nodes = nodes_by_name(sites.captured.graph_module)
     if site.kind != LINEAR:
         raise PlanError(f"{site.name!r} is no linear layer, which a low-rank corrector needs; choose 'linears'")
-    source, weight = arguments(nodes[site.ports[0].out])[:2]
+    value = nodes[site.ports[0].out]  # an adapter adds to what the layer's own weight gives
+    product = value if op_name(value) == "linear" else side_products(sites.graph_module).product(value)
+    source, weight = arguments(product)[:2]
     if weight.op != "placeholder":
         raise PlanError(f"{site.name!r}: the layer's weight is computed in the graph, so it has no factors beforehand")
     out, channels = weight.meta["val"].shape
