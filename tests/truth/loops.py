@@ -93,8 +93,10 @@ class Loop:
         return "unet" if isinstance(self.net, diffusers.UNet2DConditionModel) else "dit"
 
     def copy(self) -> Loop:
-        """A loop around a copy of the plain denoiser."""
-        return Loop(copy.deepcopy(self.net))
+        """A loop around a copy of the denoiser, with copies of its arguments."""
+        loop = Loop(copy.deepcopy(self.net))
+        loop.arguments = copy.deepcopy(self.arguments)
+        return loop
 
     def __call__(self, seed: int = 1, denoise: Denoise | None = None) -> list[Tensor]:
         """The final sample of a generation, then whatever was collected and asked for on the way."""

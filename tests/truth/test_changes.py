@@ -158,9 +158,10 @@ def plain(change: Change, model: str) -> Loop:
     """A new copy of the denoiser that the change is made to."""
     base = change.base.__name__ if change.base else ""
     if (model, base) not in _PLAIN:
-        loop = _PLAIN[model, base] = Loop(BUILD[model]())
+        loop = Loop(BUILD[model]())
         if change.base:
             change.base(loop)
+        _PLAIN[model, base] = loop
     return _PLAIN[model, base].copy()
 
 
@@ -197,7 +198,8 @@ def check(change: Change, model: str, order: str, caplog: pytest.LogCaptureFixtu
             judge(how, {kind: outcomes[phase] for kind, outcomes in right.items()}, served, f"{how}, {phase}")
         statuses.append(seen["changed"].status)
         dcc.restore(ours.net)
-    if order == "after" and "undone" in seen:
+    plainly = right[COMPUTED]
+    if order == "after" and "undone" in plainly and equal(plainly["plain"], plainly["undone"]):
         _KEPT[key] = ours
     return ", ".join(statuses)
 
