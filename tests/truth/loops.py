@@ -6,13 +6,17 @@ A `Loop` is what a change changes: the denoiser itself, and what surrounds its c
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor, nn
+
+import dcc
 
 from ..denoisers import wake
 from ..oracle import Made, Taken, Tap
@@ -81,6 +85,8 @@ class Loop:
         self.net = net
         self.dtype = torch.float32  # of the sample that the denoiser is called with
         self.batch = 1
+        self.size = 24  # tokens of an image; a U-Net's image is 8 by a half of that
+        self.levels = LEVELS
         self.arguments: dict[str, Any] = {}  # further arguments of every call
         self.within: list[Callable[[Loop], AbstractContextManager[Any]]] = []  # entered around every generation
         self.at_step: dict[int, Callable[[Loop], None]] = {}  # called before a step
@@ -90,7 +96,12 @@ class Loop:
 
     @property
     def model(self) -> str:
+        """A name of `BUILD`."""
         return "unet" if isinstance(self.net, diffusers.UNet2DConditionModel) else "dit"
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the denoiser in place, with this loop as what samples."""
+        dcc.compile(self.net, [0], sample=lambda net, prompt: self()[0], backend="eager", **options)
 
     def copy(self) -> Loop:
         """A loop around a copy of the denoiser, with copies of its arguments."""
@@ -109,7 +120,7 @@ class Loop:
             start.requires_grad_(self.gradients == "sample")
             torch.manual_seed(seed)
             sample = start
-            for step, level in enumerate(LEVELS):
+            for step, level in enumerate(self.levels):
                 if step in self.at_step:
                     self.at_step[step](self)
                 output = (denoise or self._denoise)(step, self._call(prompt, sample, level))
@@ -132,11 +143,13 @@ class Loop:
 
         text = draw(7, TEXT).to(self.dtype)
         if self.model == "unet":
-            return {"encoder_hidden_states": text}, draw(4, 8, 12)
-        ids = torch.zeros(24, 3)
-        ids[:, 1], ids[:, 2] = torch.arange(24) // 6, torch.arange(24) % 6
+            return {"encoder_hidden_states": text}, draw(4, 8, self.size // 2)
+        ids = torch.zeros(self.size, 3)
+        ids[:, 1], ids[:, 2] = torch.arange(self.size) // 6, torch.arange(self.size) % 6
         prompt = {"encoder_hidden_states": text, "pooled_projections": draw(TEXT).to(self.dtype)}
-        return prompt | {"img_ids": ids.to(self.dtype), "txt_ids": torch.zeros(7, 3).to(self.dtype)}, draw(24, 16)
+        return prompt | {"img_ids": ids.to(self.dtype), "txt_ids": torch.zeros(7, 3).to(self.dtype)}, draw(
+            self.size, 16
+        )
 
     def _call(self, prompt: dict[str, Any], sample: Tensor, level: float) -> dict[str, Any]:
         called = prompt | self.arguments | {"return_dict": False}
@@ -152,3 +165,58 @@ class Loop:
         asked = [start] if self.gradients == "sample" else [p for p in self.net.parameters() if p.requires_grad]
         found = torch.autograd.grad(sample.square().sum(), asked, allow_unused=True)
         return [torch.zeros(()) if gradient is None else gradient for gradient in found]
+
+
+class PipeLoop(Loop):
+    """The loop of a demo pipeline that has one of the very small denoisers."""
+
+    prompt = "a red circle above a blue square"
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe.transformer if hasattr(pipe, "transformer") else pipe.unet)
+        self.pipe = pipe
+        self.arguments = {"num_inference_steps": STEPS, "height": 64, "width": 64, "output_type": "latent"}
+        if self.model == "dit":
+            self.arguments["max_sequence_length"] = 16
+
+    def compile(self, **options: Any) -> None:
+        known = {name: value for name, value in self.arguments.items() if name != "output_type"}
+        dcc.compile(self.pipe, [self.prompt], backend="eager", **options, **known)
+
+    def __call__(self, seed: int = 1, denoise: Denoise | None = None) -> list[Tensor]:
+        self.seen.clear()
+        with ExitStack() as stack:
+            for context in self.within:
+                stack.enter_context(context(self))
+            if denoise is not None:
+                stack.enter_context(_answered(self.net, denoise))
+            generator = torch.Generator().manual_seed(seed)
+            return [self.pipe(self.prompt, generator=generator, **self.arguments).images, *self.seen]
+
+
+@contextmanager
+def _answered(net: nn.Module, denoise: Denoise) -> Iterator[None]:
+    """What calls the denoiser gets the answers of `denoise`, which may call it itself; one call is one step."""
+    own, steps, inside = net.forward, itertools.count(), []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if inside:
+            return own(*args, **kwargs)
+        inside.append(True)
+        try:
+            return (denoise(next(steps), inspect.signature(own).bind(*args, **kwargs).arguments),)
+        finally:
+            inside.clear()
+
+    net.forward = forward
+    try:
+        yield
+    finally:
+        del net.forward
+
+
+def pipeline(model: str) -> PipeLoop:
+    """A new demo pipeline with a very small denoiser."""
+    pipe = dcc.demo.load("mmdit" if model == "dit" else "unet")
+    setattr(pipe, "transformer" if model == "dit" else "unet", BUILD[model]())
+    return PipeLoop(pipe)

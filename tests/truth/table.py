@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from .loops import Loop
+from typing import Any
 
 Undo = Callable[[], object]
-Make = Callable[[Loop], Undo | None]
+Make = Callable[[Any], Undo | None]  # takes a Loop, or a PipeLoop
 
 TABLE: list[Change] = []
 
@@ -29,6 +28,7 @@ class Change:
     refused: tuple[str, ...] = ()  # orders ("before", "after") in which dcc may refuse it with a DccError of its own
     orders: tuple[str, ...] = ("before", "after")
     peft: bool = False  # needs peft
+    pipeline: bool = False  # `make` takes the loop of a pipeline
 
     @property
     def name(self) -> str:
