@@ -6,6 +6,7 @@ when a new version of torch or diffusers changes it.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "CPU_ATTENTION",
     "FakeTensorMode",
     "OpOverload",
+    "attention_backend",
     "compile_with_inductor",
     "expression",
     "fake_mode_with_sizes",
@@ -197,3 +199,10 @@ def hook_names(module: nn.Module) -> list[str] | None:
 def progress_bar_settings(pipe: Any) -> dict[str, Any]:
     """The pipeline's progress bar settings, which it can be told but not asked."""
     return dict(getattr(pipe, "_progress_bar_config", {}))
+
+
+def attention_backend() -> Any:
+    """The attention backend that diffusers uses where no processor names one; None where diffusers has none."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
+    return getattr(registry, "_active_backend", None)

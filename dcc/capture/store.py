@@ -7,15 +7,15 @@ import getpass
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from dcc import passes
-from dcc.capture.captured import Captured, fixed_or_symbol, weight_of
+from dcc.capture.captured import Answers, Captured, fixed_or_symbol, gives_all, weights_of
 from dcc.capture.graph_file import read_graph, write_graph
+from dcc.capture.watch import lasting_digest
 from dcc.errors import CaptureError
 from dcc.passes.graph import nodes_by_name, shape
 from dcc.passes.verify import verify
@@ -35,7 +35,7 @@ def place(module: nn.Module, call: Call) -> Path | None:
     folder = os.environ.get("DCC_CACHE_DIR")
     if folder == "":
         return None
-    own = [torch.__version__, _sources(), code_hash(module), call.signature, call.spec, *call.shapes]
+    own = [torch.__version__, _sources(), code_hash(module), lasting_digest(module), call.signature, *call.shapes]
     name = hashlib.sha256("\n".join(map(str, own)).encode()).hexdigest()[:32]
     beside = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
     return Path(folder or f"{beside}/dcc") / f"{name}.graph"
@@ -50,7 +50,7 @@ def _sources() -> str:
     return "\n".join(file.read_text() for file in sorted(files))
 
 
-def read(path: Path | None, module: nn.Module, call: Call, tests: Sequence[Call]) -> tuple[Captured | None, str]:
+def read(path: Path | None, module: nn.Module, call: Call, tests: Answers) -> tuple[Captured | None, str]:
     """The stored graph, or None and the reason why the one on disk is of no use; no reason where there is none."""
     if path is None or not path.exists():
         return None, ""
@@ -61,7 +61,7 @@ def read(path: Path | None, module: nn.Module, call: Call, tests: Sequence[Call]
         captured = Captured(
             graph_module,
             call,
-            {name: weight_of(module, target) for name, target in facts["weights"].items()},
+            weights_of(module, facts["weights"]),
             constants,
             inputs,
             pytree.treespec_loads(facts["outputs"]),
@@ -70,7 +70,7 @@ def read(path: Path | None, module: nn.Module, call: Call, tests: Sequence[Call]
         )
     except Exception as error:  # cut short, foreign, or of another version of torch's own internals
         return None, f"cannot be read: {error_line(error)}"
-    if not captured.accepts(call) or not captured.is_exact(module, *tests):
+    if not captured.accepts(call) or not gives_all(captured, tests):
         return None, "gives other values than the module"
     return captured, ""
 
