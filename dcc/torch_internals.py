@@ -38,6 +38,7 @@ __all__ = [
     "expression",
     "fake_mode_with_sizes",
     "fixed_size",
+    "global_hooks",
     "hint",
     "hook_names",
     "invoke_subgraph",
@@ -294,3 +295,10 @@ def attention_backend() -> Any:
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
     registry = getattr(dispatch, "_AttentionBackendRegistry", None)
     return getattr(registry, "_active_backend", None)
+
+
+def global_hooks() -> bool:
+    """Whether there are hooks that torch runs around every call of every module."""
+    from torch.nn.modules import module
+
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)

@@ -34,7 +34,8 @@ def reference(
     gate: [batch or 1, 1, C] or [batch or 1, C, 1, 1], one number per channel; residual: shaped like an anchor.
     """
     weights = coefficients[row] if per_sample else coefficients[row][:1]
-    return _total(anchors, lambda age: weights[:, age].view(-1, *([1] * (anchors[0].dim() - 1))), gate, residual)
+    sizes = [-1] + [1] * (anchors[0].dim() - 1) if anchors[0].dim() else []
+    return _total(anchors, lambda age: weights[:, age].view(sizes), gate, residual)
 
 
 def by_channel(
@@ -63,13 +64,14 @@ def channel_dim(dim: int) -> int:
 def _total(
     anchors: list[Tensor], weight: Callable[[int], Tensor], gate: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    total = anchors[0].float() * weight(0)
+    wide = torch.complex64 if anchors[0].is_complex() else torch.float32
+    total = anchors[0].to(wide) * weight(0)
     for age, anchor in enumerate(anchors[1:], start=1):
-        total = total + anchor.float() * weight(age)
+        total = total + anchor.to(wide) * weight(age)
     if gate is not None:
         total = total * gate.float()
     if residual is not None:
-        total = total + residual.float()
+        total = total + residual.to(wide)
     return total.to(anchors[0].dtype)
 
 

@@ -62,6 +62,12 @@ def shape(node: Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def batched_output(graph_module: GraphModule) -> Node:
+    """The first output that has dimensions, whose first is the batch."""
+    outputs = returned(graph_module)
+    return next((node for node in outputs if shape(node)), outputs[0])
+
+
 def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Sizes, strides, dtype and device: all that an operator may ask about a tensor except its values."""
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device

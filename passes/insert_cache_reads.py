@@ -26,11 +26,11 @@ from dcc.passes.forms import coefficient_input, insert_read
 from dcc.passes.graph import (
     KEEPS,
     REPLACED,
+    batched_output,
     in_graph_order,
     insert_call,
     node_of,
     nodes_by_name,
-    returned,
     shape,
 )
 from dcc.passes.same_sizes import carries_batch
@@ -68,7 +68,7 @@ class InsertCacheReads(Pass):
                     ports[port.out] = (group, site, index, port)
         if not ports:
             return 0
-        batch = shape(next(iter(returned(graph_module))))[0]
+        batch = shape(batched_output(graph_module))[0]
         coefficients = coefficient_input(graph_module, order.table, batch)
         for name in reversed(in_graph_order(graph_module, ports)):
             group, site, index, port = ports[name]
@@ -78,12 +78,17 @@ class InsertCacheReads(Pass):
                 for age in range(order.table.anchors)
             ]
             out = nodes[name]
-            with graph_module.graph.inserting_after(out):
+            given = out.op == "placeholder"  # an output that is an input, which the rest of the graph still reads
+            with graph_module.graph.inserting_after(anchors[-1] if given else out):
                 value = insert_read(graph_module, group, site, port, coefficients, anchors)
             if port.base is not None:
                 with graph_module.graph.inserting_after(value):
                     value = insert_call(graph_module, aten.add.Tensor, nodes[port.base], value)
-            out.replace_all_uses_with(value, delete_user_cb=lambda user, own=name: user.meta.get(KEEPS) != own)
+
+            def is_replaced(user: Node, own: str = name, given: bool = given) -> bool:
+                return user.meta.get(KEEPS) != own and (user.op == "output" or not given)
+
+            out.replace_all_uses_with(value, delete_user_cb=is_replaced)
             out.meta[REPLACED] = value
         return len(ports)
 

@@ -5,7 +5,7 @@
     rows = select(c, 0, 0); k0, k1 = view(select(rows, 1, 0), [b, 1, 1]), view(select(rows, 1, 1), [b, 1, 1])
     r = to(add(mul(to(A0, float32), k0), mul(to(A1, float32), k1)), dtype of A0)
 
-Accumulates in float32 whatever the dtype of the anchors. Leaves other calls alone.
+Accumulates in float32, or complex64, whatever the dtype of the anchors. Leaves other calls alone.
 """
 
 from __future__ import annotations
@@ -50,18 +50,20 @@ def _spell_out(
     def call(target, *args, **kwargs):
         return insert_call(graph_module, target, *args, **kwargs)
 
-    def as_float32(node: Node) -> Node:
-        if node.meta["val"].dtype == torch.float32:
-            return node
-        return call(to_copy, node, dtype=torch.float32)
+    dtype = anchors[0].meta["val"].dtype
+    wide = torch.complex64 if dtype.is_complex else torch.float32
+
+    def widened(node: Node) -> Node:
+        return node if dtype == wide else call(to_copy, node, dtype=wide)
 
     rows = call(aten.select.int, coefficients, 0, group)
     if not per_sample:
         rows = call(aten.slice.Tensor, rows, 0, 0, 1)
     total: Any = None
     for age, anchor in enumerate(anchors):
-        column = call(aten.view.default, call(aten.select.int, rows, 1, age), [-1] + [1] * (len(shape(anchor)) - 1))
-        term = call(aten.mul.Tensor, as_float32(anchor), column)
+        dim = len(shape(anchor))
+        sizes = [-1] + [1] * (dim - 1) if dim else []
+        column = call(aten.view.default, call(aten.select.int, rows, 1, age), sizes)
+        term = call(aten.mul.Tensor, widened(anchor), column)
         total = term if total is None else call(aten.add.Tensor, total, term)
-    dtype = anchors[0].meta["val"].dtype
-    return total if dtype == torch.float32 else call(to_copy, total, dtype=dtype)
+    return total if dtype == wide else call(to_copy, total, dtype=dtype)

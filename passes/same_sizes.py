@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from torch.fx import Graph, GraphModule, Node
 
-from dcc.passes.graph import along, arguments, is_tensor, op_name, returned, shape
+from dcc.passes.graph import along, arguments, batched_output, is_tensor, op_name, shape
 from dcc.torch_internals import expression, fixed_size, hint, symbols_of
 
 ALIGNED = frozenset({"add", "sub", "mul", "div", "where", "maximum", "minimum"})  # broadcast, number by number
@@ -71,7 +71,7 @@ def carries_batch(graph_module: GraphModule, node: Node) -> bool:
 
     False where the graph has a fixed batch.
     """
-    batch, first = shape(returned(graph_module)[0])[0], shape(node)[:1]
+    batch, first = shape(batched_output(graph_module))[0], shape(node)[:1]
     return bool(first) and fixed_size(batch) is None and same_size(node.graph, first[0], batch)
 
 

@@ -173,22 +173,14 @@ def test_a_structure_of_outputs_is_written_as_data():
 
 def test_without_guards_two_sizes_that_are_compared_stay_two():
     """And with them they become one, which is why passes run without."""
-    mode, sizes = internals.sizes_from_hints({"s0": 4, "s1": 4})
-    with mode:
-        first, second = torch.empty(sizes["s0"]), torch.empty(sizes["s1"])
+    environment = internals.SizeEnvironment({"s0": 4, "s1": 4})
+    with environment.fake_mode:
+        first, second = (torch.empty(environment.size("int", environment.atom(name), 4)) for name in ("s0", "s1"))
         with internals.without_guards():
             assert internals.hint((first + second).shape[0]) == 4
         assert internals.symbols_of(first.shape[0]).isdisjoint(internals.symbols_of(second.shape[0]))
         first + second
     assert internals.symbols_of(first.shape[0]) == internals.symbols_of(second.shape[0])
-
-
-def test_an_integer_division_is_spelled_as_python_does_it():
-    mode, sizes = internals.sizes_from_hints({"s0": 7})
-    with mode:
-        (half,) = torch.empty(sizes["s0"] // 2).shape
-    (symbol,) = internals.symbols_of(half)
-    assert eval(internals.spell(internals.expression(half)), {symbol: 9}) == 4
 
 
 def test_fake_tensors_compute_shapes_only():

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from dcc.capture.describe import described
 from dcc.capture.preserve import preserved
 from dcc.capture.watch import State
 from dcc.errors import CaptureError
-from dcc.passes.graph import returned
+from dcc.passes.graph import batched_output, shape
 from dcc.passes.values import VALUE, Argument, Input, Served
 from dcc.record.call import Call
 from dcc.torch_internals import fixed_size, pytree, slots
@@ -65,8 +66,9 @@ class Captured:
 
     It holds nothing of a recorded run, so that any number of compilations may share it. `problem` is why the module
     could not be exported; the graph is then one call of the eager module. `origin` says where the graph comes from.
-    `state` is the one in which it stands for the module, and `ignored` are attributes of the module that its own calls
-    change. `proven` grows: it holds the shapes at which the graph was seen to equal the module.
+    `state` is the one in which it stands for the module; `ignored` are attributes of the module that its own calls
+    change, and with `keeps` its first call makes something that later ones use. `proven` grows: it holds the layouts at
+    which the graph was seen to equal the module.
     """
 
     graph_module: GraphModule
@@ -79,6 +81,7 @@ class Captured:
     origin: str = "exported"
     state: State = field(default_factory=State)
     ignored: frozenset[str] = frozenset()
+    keeps: bool = False
     proven: set[Any] = field(default_factory=set)
     _symbols: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -97,7 +100,7 @@ class Captured:
     @property
     def batch(self) -> str:
         """The symbol of the batch's size, or its fixed size as text."""
-        return str(returned(self.graph_module)[0].meta["val"].shape[0])
+        return str(next(iter(shape(batched_output(self.graph_module))), 1))
 
     def part(self, call: Call, rows: slice | Tensor) -> Call:
         """`call` for some samples of the batch: `rows` of every tensor whose first dimension is the batch."""
@@ -139,12 +142,12 @@ class Captured:
             weight.owners[weight.path] = slots_of(module, weight.path)
 
     def agrees(self, module: nn.Module, call: Call) -> bool:
-        """Whether the graph gives the module's own outputs for this call; compared once per shape and grad mode."""
-        kind = call.shapes, torch.is_grad_enabled()
+        """Whether the graph gives the module's own outputs for this call; compared once per layout and grad mode."""
+        kind = call.layout, torch.is_grad_enabled()
         if self.problem or kind in self.proven:
             return True
         with preserved(module):
-            expected = pytree.tree_leaves(module(**call.twin().own_arguments()))
+            expected = pytree.tree_leaves(call.twin().run(module))
         if not self.gives(call, expected):
             return False
         self.proven.add(kind)
@@ -201,9 +204,13 @@ def same(actual: Sequence[Any], expected: Sequence[Any]) -> bool:
     return len(actual) == len(expected) and all(map(_same, actual, expected))
 
 
+def _content(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else type(value)
+
+
 def _same(actual: Any, expected: Any) -> bool:
     if not isinstance(actual, Tensor) or not isinstance(expected, Tensor):
-        return type(actual) is type(expected) and actual == expected
+        return described(actual, _content) == described(expected, _content)
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
     rtol, atol = (0.0, 0.0) if expected.device.type == "cpu" else (1e-3, 1e-4)

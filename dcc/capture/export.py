@@ -17,7 +17,7 @@ import torch
 import torch.export
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from dcc.capture import store
 from dcc.capture.captured import Answers, Captured, fixed_or_symbol, gives_all, weights_of
@@ -30,7 +30,7 @@ from dcc.passes.graph import output_node, returned
 from dcc.passes.verify import is_mutation, verify
 from dcc.record.call import SERVED, Call
 from dcc.text import error_line
-from dcc.torch_internals import pytree
+from dcc.torch_internals import plain_call, pytree, symbols_of
 
 
 def capture(
@@ -57,10 +57,10 @@ def capture(
     if captured.problem is not None:
         return replace(captured, state=state)
     if captured.state != state:  # new, or from disk
-        captured = replace(captured, state=state)
-        _CAPTURES.setdefault(module, []).append(captured)
+        captured = replace(captured, state=state, keeps=evidence.keeps)
+        keep(module, captured)
     captured.read_from(module)
-    captured.proven.add((call.shapes, torch.is_grad_enabled()))
+    captured.proven.add((call.layout, torch.is_grad_enabled()))
     return captured
 
 
@@ -68,7 +68,7 @@ def _captured(module: nn.Module, call: Call, first: Call | None, state: State, e
     """A graph that was captured in this state, by this process or an earlier one, or a new one."""
     tests = evidence.answers
     if first is not None and first.shapes != call.shapes:
-        tests = [*tests, (first, pytree.tree_leaves(module(**first.twin().own_arguments())))]
+        tests = [*tests, (first, pytree.tree_leaves(first.twin().run(module)))]
     for known in _CAPTURES.get(module, []):
         if known.state == state and gives_all(known, tests):
             return known
@@ -82,6 +82,11 @@ def _captured(module: nn.Module, call: Call, first: Call | None, state: State, e
 
 
 _CAPTURES: WeakKeyDictionary[nn.Module, list[Captured]] = WeakKeyDictionary()
+
+
+def keep(module: nn.Module, captured: Captured) -> None:
+    """Keeps a captured graph of a module for other compilations, as long as the module is there."""
+    _CAPTURES.setdefault(module, []).append(captured)
 
 
 def refresh(module: nn.Module, state: State) -> None:
@@ -156,12 +161,22 @@ def _from_program(module: nn.Module, call: Call, program: torch.export.ExportedP
     for spec in program.graph_signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise CaptureError(f"the module writes to {spec.target!r} while it runs; a cached graph must be functional")
+    if any(map(_depends_on_data, graph_module.graph.nodes)):
+        raise CaptureError("sizes or branches depend on the values of tensors")
     output = output_node(graph_module)
     output.args = (tuple(returned(graph_module)),)
     verify(graph_module, "capture")
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     return Captured(graph_module, call, weights, constants, inputs, out_spec, _symbols=symbols)
+
+
+def _depends_on_data(node: Node) -> bool:
+    """Whether a number of the graph is known only when tensors have their values; torch calls it u0, or zuf0."""
+    value = node.meta.get("val")
+    sizes = value.shape if isinstance(value, Tensor) and value.layout is torch.strided else (value,)
+    numbers = [size for size in sizes if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool)]
+    return any(name.startswith(("u", "zuf")) for size in numbers for name in symbols_of(size))
 
 
 def _opaque(module: nn.Module, call: Call, evidence: Evidence, problem: str) -> Captured:
@@ -176,10 +191,11 @@ def _opaque(module: nn.Module, call: Call, evidence: Evidence, problem: str) -> 
     class Eager(nn.Module):
         def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
             served = SERVED.get(None)
-            if served is not None and served.given is not None and all(map(operator.is_, tensors, served.tensors)):
-                args, kwargs = served.given  # the very arguments, which the module may write to
-                return tuple(pytree.tree_leaves(module(*args, **kwargs)))
-            return tuple(pytree.tree_leaves(module(**call.own_arguments(tensors))))
+            if served is None or not all(map(operator.is_, tensors, served.call.tensors)):
+                return tuple(pytree.tree_leaves(call.run(module, tensors)))
+            args, kwargs = served.given  # the very arguments, which the module may write to
+            served.result = plain_call(module)(*args, **kwargs)
+            return tuple(pytree.tree_leaves(served.result))
 
     graph, inputs, placeholders = Graph(), {}, []
     for index, (path, tensor) in enumerate(zip(call.names, call.tensors, strict=True)):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,38 +14,63 @@ import torch
 from torch import Tensor, nn
 
 from dcc.capture.state import Walk, names_and_values
+from dcc.errors import CaptureError
 from dcc.record.seam import is_of_the_seam
-from dcc.torch_internals import version
 
+SMALL_MODULE = 1 << 24  # numbers in all of its parameters
 _MISSING = object()
 
 
 @contextlib.contextmanager
 def preserved(module: nn.Module) -> Iterator[None]:
-    """Puts back, on leaving, what the module keeps: attributes, containers, tensors that are no parameters.
+    """Puts back, on leaving, what the module keeps: attributes, containers, classes, the values of tensors.
 
-    So are the states of the random number generators: those of the module, torch's, numpy's and Python's.
+    Of parameters, which some modules write to, only those of small modules are put back. So are the states of the
+    random number generators: those of the module, torch's, numpy's and Python's. Raises CaptureError for what cannot be
+    put back: iterators, and parameters that get their size at the first call.
     """
     walk = Walk(module)
-    slotted = [(thing, names_and_values(thing)) for thing in walk.objects if not hasattr(thing, "__dict__")]
+    if walk.unique:
+        raise CaptureError(
+            f"{type(module).__name__}.{walk.unique[0]} is an iterator or a lazy parameter, which cannot be put back "
+            "after dcc has tried the module out; give it something that can be read again"
+        )
+    classes = [(part, type(part)) for part in walk.modules.values()]
+    slotted = [(thing, names_and_values(thing)) for thing in (*walk.objects, *walk.modules.values())]
     contents = [(container, _copy(container)) for container in walk.containers]
-    tensors = [t for _, t in walk.loose] + [t for _, t in walk.weights if not isinstance(t, nn.Parameter)]
-    values = [(t, t.detach().clone(), version(t)) for t in tensors if not t.is_meta]
-    generators = [(generator, generator.get_state()) for _, generator in walk.generators]
+    tensors = [t for _, t in (*walk.loose, *walk.weights) if t.layout is torch.strided and not t.is_meta]
+    small = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) <= SMALL_MODULE
+    values = [(t, t.detach().clone()) for t in tensors if small or not isinstance(t, nn.Parameter)]
+    generators = [_remembered(generator) for _, generator in walk.generators]
     with numbers_preserved():
         try:
             yield
         finally:
+            for part, kind in classes:
+                if type(part) is not kind:
+                    part.__class__ = kind
             for container, before in contents:
                 _put_back(container, before)
             for thing, before in slotted:
                 for name, value in before:
-                    setattr(thing, name, value)
-            for tensor, value, number in values:
-                if number is None or version(tensor) != number:
+                    if getattr(thing, name, _MISSING) is not value:
+                        setattr(thing, name, value)
+            for tensor, value in values:
+                if tensor.shape != value.shape or not torch.equal(tensor, value):
                     _write(tensor, value)
-            for generator, state in generators:
-                generator.set_state(state)
+            for put_back in generators:
+                put_back()
+
+
+def _remembered(generator: Any) -> Callable[[], None]:
+    """What puts a random number generator back to where it is now."""
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state())
+    return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
 
 
 @contextlib.contextmanager
@@ -71,23 +98,37 @@ def _copy(container: Any) -> list[Any]:
 
 
 def _put_back(container: Any, before: list[Any]) -> None:
-    if isinstance(container, dict):
+    if _same(container, before):
+        return
+    if (
+        isinstance(container, dict) and "_dcc_entries" in container
+    ):  # the attributes of a compiled module, of which some are not its own
         names = dict(before)
         for name in [name for name in container if name not in names and not is_of_the_seam(container, name)]:
-            dict.__delitem__(container, name)
-        for name, value in before:
-            if container.get(name, _MISSING) is not value and not is_of_the_seam(container, name):
-                dict.__setitem__(container, name, value)
-    elif isinstance(container, set):
-        if container != set(before):
-            container.clear()
-            container.update(before)
-    elif len(container) != len(before) or any(a is not b for a, b in zip(container, before, strict=True)):
+            del container[name]
+        container.update((name, value) for name, value in before if not is_of_the_seam(container, name))
+    elif isinstance(container, OrderedDict):
+        OrderedDict.clear(container)
+        OrderedDict.update(container, before)
+    elif isinstance(container, dict):
+        dict.clear(container)
+        dict.update(container, before)
+    else:
         container.clear()
-        container.extend(before)
+        container.update(before) if isinstance(container, set) else container.extend(before)
+
+
+def _same(container: Any, before: list[Any]) -> bool:
+    now = _copy(container)
+    if len(now) != len(before):
+        return False
+    if isinstance(container, dict):
+        return all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, before, strict=True))
+    return all(a is b for a, b in zip(now, before, strict=True))
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:
     with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
-        if tensor.shape == value.shape:
-            tensor.copy_(value)
+        if tensor.shape != value.shape:
+            tensor.resize_(value.shape)
+        tensor.copy_(value)

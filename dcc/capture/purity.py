@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from dcc.capture.captured import same
 from dcc.capture.describe import described
 from dcc.capture.preserve import numbers, preserved
-from dcc.capture.state import Walk, differing
+from dcc.capture.state import Walk, differing, values_of
 from dcc.record.call import Call
-from dcc.torch_internals import pytree, version
+from dcc.torch_internals import plain_call, pytree, version
 
 LOWER = 0.75  # what the other call's numbers are, as a part of the first one's
 
@@ -34,6 +34,7 @@ class Evidence:
     changed: frozenset[str] = frozenset()
     answers: list[tuple[Call, list[Any]]] = field(default_factory=list)
     spec: pytree.TreeSpec | None = None
+    keeps: bool = False  # its first call makes what later ones use, whatever the inputs are, such as a table
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def examine(module: nn.Module, call: Call) -> Evidence:
                 known = kept
         if differing(kept, known):
             said.append(f"it keeps {_listed(differing(kept, known))} of the inputs of a call")
-        first = replace(_run(module, call), changed=())
+        first = _run(module, call)
     changed = dict.fromkeys(differing(kept, known)) if said else {}
     answers = [(call, first.outputs)]
     try:
@@ -77,7 +78,7 @@ def examine(module: nn.Module, call: Call) -> Evidence:
     if not same(third.outputs, first.outputs):
         said.append("its answer to equal inputs depends on the calls before")
     said += dict.fromkeys((*first.said, *second.said, *third.said))
-    return Evidence("; ".join(said) or None, frozenset(changed), answers, first.spec)
+    return Evidence("; ".join(said) or None, frozenset(changed), answers, first.spec, bool(first.changed))
 
 
 def _run(module: nn.Module, call: Call) -> _Run:
@@ -86,7 +87,7 @@ def _run(module: nn.Module, call: Call) -> _Run:
     versions = [version(tensor) for tensor in twin.tensors]
     arguments = twin.own_arguments()
     leaves, nesting = pytree.tree_flatten(arguments)
-    outputs, spec = pytree.tree_flatten(module(**arguments))
+    outputs, spec = pytree.tree_flatten(plain_call(module)(*arguments[0], **arguments[1]))
     outputs = [value.detach().clone() if isinstance(value, Tensor) else value for value in outputs]
     said = []
     if drawn != numbers():
@@ -110,7 +111,7 @@ def _other(call: Call) -> Call:
             changed.append(tensor * LOWER)
         else:
             changed.append(tensor if tensor.dtype is torch.bool else tensor // 2)
-    return replace(call, tensors=tuple(changed), given=None)
+    return replace(call, tensors=tuple(changed))
 
 
 def _contents(module: nn.Module, attributes: tuple[str, ...]) -> dict[str, Any]:
@@ -118,17 +119,12 @@ def _contents(module: nn.Module, attributes: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, list[Any]] = {}
 
     def name(value: Any) -> Any:
-        return _values(value) if isinstance(value, Tensor) else type(value).__name__
+        return values_of(value) if isinstance(value, Tensor) else type(value).__name__
 
     for attribute, value in Walk(module).items:
         if attribute in attributes:
             found.setdefault(attribute, []).append(described(value, name))
     return found
-
-
-def _values(tensor: Tensor) -> bytes:
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _listed(names: Sequence[str]) -> str:

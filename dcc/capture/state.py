@@ -9,23 +9,29 @@ full, by values, to find out whether it was seen before (capture/watch.py).
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import operator
+import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dcc.record.seam import own_vars
-from dcc.torch_internals import attention_backend, slots, version
+from dcc.torch_internals import attention_backend, global_hooks, pytree, slots, version
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 LONGEST = 4096  # items of a container that are looked at one by one; of longer ones, only how many there are
 DEEPEST = 64  # how far objects in objects are followed
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+SMALL = 1 << 20  # numbers of a buffer that are compared; some operators write to one without telling its version
 _END = object()
 _INTERNAL = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 
@@ -48,7 +54,8 @@ class Walk:
         self.objects: list[Any] = []  # others that have attributes
         self.weights: list[tuple[str, Tensor]] = []  # parameters and buffers
         self.loose: list[tuple[str, Tensor]] = []  # tensors that are not registered
-        self.generators: list[tuple[str, torch.Generator]] = []
+        self.generators: list[tuple[str, Any]] = []
+        self.unique: list[str] = []  # attributes whose state can be neither read nor put back
         self._seen: set[int] = set()
         self._left: list[tuple[str, Any, int]] = []
         self._meet("", module, 0)
@@ -66,11 +73,15 @@ class Walk:
             self._follow_module(attribute, value, depth)
         elif isinstance(value, Tensor):
             self.loose.append((attribute, value))
-        elif isinstance(value, torch.Generator):
+        elif isinstance(value, GENERATORS):
             self.generators.append((attribute, value))
-        elif depth > DEEPEST:
-            return
-        elif isinstance(value, dict):
+        elif isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+            self.unique.append(attribute)
+        elif depth <= DEEPEST:
+            self._follow_object(attribute, value, depth)
+
+    def _follow_object(self, attribute: str, value: Any, depth: int) -> None:
+        if isinstance(value, dict):
             self._contain(attribute, value, value.values, depth)
             if value:
                 self.views.append(functools.partial(_keys, value))
@@ -97,6 +108,9 @@ class Walk:
             self.views.append(functools.partial(_kept, module, path, self.ignored))
         else:
             self.attributes.append(own)
+        for name, value in names_and_values(module):
+            self.views.append(functools.partial(slotted, module))
+            self._meet(_join(path, name), value, depth)
         for name, value in own.items():
             attribute = _join(path, name)
             if attribute in self.ignored:
@@ -109,7 +123,9 @@ class Walk:
                 self.views.append(value.values)
                 for key, tensor in value.items():
                     self.items.append((_join(path, key), tensor))
-                    if tensor is not None:
+                    if is_lazy(tensor):
+                        self.unique.append(_join(path, key))
+                    elif tensor is not None:
                         self._seen.add(id(tensor))
                         self.weights.append((_join(path, key), tensor))
             elif name == "_modules":
@@ -140,8 +156,10 @@ class Walk:
             found.setdefault(attribute, []).append(_Same(value))
         for attribute, tensor in [*self.loose, *self.weights]:
             found[attribute].append((version(tensor), address(tensor)))
+            if not isinstance(tensor, nn.Parameter) and tensor.numel() <= SMALL and tensor.layout is torch.strided:
+                found[attribute].append(values_of(tensor))
         for attribute, generator in self.generators:
-            found[attribute].append(generator.get_state().numpy().tobytes())
+            found[attribute].append(state_of(generator))
         return found
 
 
@@ -214,14 +232,34 @@ def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str,
     return tuple(name for name in names if before.get(name) != after.get(name))
 
 
+def state_of(generator: Any) -> Any:
+    """The state of a random number generator of torch, numpy or Python, in a form that compares."""
+    if isinstance(generator, torch.Generator):
+        return bytes(generator.get_state().numpy())
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    state = generator.get_state() if isinstance(generator, np.random.RandomState) else generator.bit_generator.state
+    return repr([item.tobytes() if isinstance(item, np.ndarray) else item for item in pytree.tree_leaves(state)])
+
+
 def world() -> tuple[Any, ...]:
     """What torch and diffusers let code set for all modules, as far as it changes what a module computes."""
-    return torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), attention_backend()
+    modes = torch.are_deterministic_algorithms_enabled(), global_hooks()
+    return torch.get_default_dtype(), attention_backend(), *modes
 
 
 def address(tensor: Tensor) -> int:
     """Where the values of a tensor are; moving, casting, and emptying it in place all change that."""
-    return tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else id(tensor)
+    plain = type(tensor) in (nn.Parameter, Tensor) and tensor.layout is torch.strided
+    return tensor.data_ptr() if plain else id(tensor)
+
+
+def values_of(tensor: Tensor) -> bytes:
+    """The values of a tensor, in a form that compares."""
+    if tensor.is_meta or not tensor.numel():
+        return b""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.detach().cpu().resolve_neg().flatten().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def code_of(kind: type) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dcc.capture.describe import described
 from dcc.capture.state import Mark, world
 from dcc.record.seam import own_vars
-from dcc.torch_internals import hook_names, version
+from dcc.torch_internals import global_hooks, hook_names, version
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -94,7 +94,7 @@ def _digest(module: nn.Module, name: Callable[[Any], Any], ignored: frozenset[st
 
 def hooks_of(module: nn.Module) -> str | None:
     """Which hooks there are in a module, in words, None where there are none."""
-    found = []
+    found = ["hooks on all modules"] if global_hooks() else []
     for path, part in module.named_modules():
         own = own_vars(part)
         names = [name[1:].replace("_", " ") for name in HOOKS if own.get(name)]

@@ -234,7 +234,7 @@ class _Finder:
 
     def find(self, order: Sequence[str] | None) -> None:
         outputs = returned(self.graph_module)
-        self.add("output", "output", [Port(node.name) for node in outputs])
+        self.add("output", "output", [Port(node.name) for node in dict.fromkeys(outputs)])
         if self.sites.captured.problem:
             return
         self.latent(outputs)

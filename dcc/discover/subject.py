@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from dcc.capture.captured import Captured
 from dcc.capture.export import capture
 from dcc.capture.preserve import preserved
+from dcc.capture.state import Mark
 from dcc.discover.sites import Sites, find_sites
 from dcc.errors import CaptureError
 from dcc.record.call import Call
@@ -71,9 +72,17 @@ class Subject:
 
 def record(target: Target, prompts: Sequence[Any]) -> Recording:
     """One whole run of the first prompt."""
-    with recording(target) as recorder:
+    marks, moved = [], []
+
+    def at_call() -> None:
+        if not marks:
+            marks.append(Mark(target.module))
+        elif not moved and not marks[0].holds():
+            moved.append(True)
+
+    with recording(target, Recorder(target.module, at_call=at_call)) as recorder:
         target.sample(prompts[:1])
-    return recorder.result()
+    return replace(recorder.result(), restless=bool(moved))
 
 
 def capture_inside(target: Target, prompts: Sequence[Any], run: Recording) -> Captured:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dcc.errors import CaptureError
-from dcc.torch_internals import pytree
+from dcc.torch_internals import plain_call, pytree
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -55,10 +55,22 @@ class Call:
         values = dict(zip(self.names, self.tensors if tensors is None else tensors, strict=True)) | self.constants
         return pytree.tree_unflatten([values[name] for name in self.leaf_names], self.spec)
 
-    def own_arguments(self, tensors: Sequence[Tensor] | None = None) -> dict[str, Any]:
-        """The keyword arguments as the module itself takes them: numbers are numbers again."""
+    def own_arguments(self, tensors: Sequence[Tensor] | None = None) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments as the module itself takes them: by position those that the caller gave so, numbers as such."""
         tensors = self.tensors if tensors is None else tensors
-        return self.arguments([t.item() if n in self.numbers else t for n, t in zip(self.names, tensors, strict=True)])
+        own = self.arguments([t.item() if n in self.numbers else t for n, t in zip(self.names, tensors, strict=True)])
+        positional = [own.pop(name) for name in list(own)[: len(self.given[0]) if self.given else 0]]
+        return positional, own
+
+    def run(self, module: nn.Module, tensors: Sequence[Tensor] | None = None) -> Any:
+        """What the module itself, without what dcc has set on it, returns for this call or for other tensors."""
+        args, kwargs = self.own_arguments(tensors)
+        return plain_call(module)(*args, **kwargs)
+
+    @functools.cached_property
+    def layout(self) -> tuple[Any, ...]:
+        """The shapes and strides of its tensors, on which the code of a module may depend."""
+        return tuple((tuple(t.shape), t.stride() if t.layout is torch.strided else t.layout) for t in self.tensors)
 
     def twin(self) -> Call:
         """The same call on copies of its tensors, which a module that writes to its inputs may have."""
@@ -76,11 +88,22 @@ class Call:
         return torch.autocast(self.tensors[0].device.type, enabled=False)
 
 
-SERVED: ContextVar[Call] = ContextVar("dcc_served")  # the call that a compiled denoiser is serving
+@dataclass
+class Served:
+    """A call that is being served: the arguments as they were given, and what the module itself returned, if it ran."""
+
+    call: Call
+    given: tuple[tuple[Any, ...], dict[str, Any]]
+    result: Any = None
+
+
+SERVED: ContextVar[Served] = ContextVar("dcc_served")
 
 
 def _copy(tensor: Tensor) -> Tensor:
     """A copy of the same strides; an expanded tensor, in which one value is written to many places, stays itself."""
+    if tensor.layout is not torch.strided:
+        return tensor.detach().clone()
     expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return tensor if expanded else tensor.detach().clone()
 
@@ -104,7 +127,7 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_te
         if kind is inspect.Parameter.VAR_KEYWORD:
             arguments.update(value)
         elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-            if value:
+            if kind is inspect.Parameter.POSITIONAL_ONLY or value:
                 raise CaptureError(
                     f"{type(module).__name__}.forward takes {name!r} by position only; name its parameters"
                 )
@@ -113,7 +136,7 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_te
     leaves, spec = pytree.tree_flatten_with_path(arguments)
     names, tensors, tensor_names, numbers, constants = [], [], [], [], {}
     for path, value in leaves:
-        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        name = ".".join(map(_spelled, path))
         names.append(name)
         if name in as_tensors and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
@@ -138,6 +161,12 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_te
         _autocast(tensors),
         (args, kwargs),
     )
+
+
+def _spelled(key: Any) -> str:
+    """A step of a path: a key of a dict, the place in a list; in quotes where it could be taken for several steps."""
+    name = str(getattr(key, "key", getattr(key, "idx", key)))
+    return repr(name) if "." in name else name
 
 
 _SIGNATURES: WeakKeyDictionary[Any, dict[bool, inspect.Signature]] = WeakKeyDictionary()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dcc.errors import CaptureError
 from dcc.record.call import Call, bind
 from dcc.record.seam import Handler
+from dcc.torch_internals import plain_call
 
 MAX_STREAMS = 3  # an input that takes more distinct values than this in a run moves with the steps
 
@@ -37,6 +38,7 @@ class Recording:
     varying: frozenset[str]
     keys: tuple[str, ...]
     as_tensors: frozenset[str]
+    restless: bool = False  # the denoiser's state was not the same at every call
     guided: bool = False  # at every call both halves of the batch hold equal samples; prompt-side inputs differ
 
     def sample_path(self, call: Call, dimensions: int = 1) -> str | None:
@@ -84,7 +86,8 @@ class _Input:
 class Recorder(Handler):
     """Watches the denoiser during one run and remembers its calls.
 
-    `at_first` is given the first call, inside that call, and ends the run; `as_tensors` names numbers that move.
+    `at_first` is given the first call, inside that call, and ends the run; `at_call` is called inside every call;
+    `as_tensors` names numbers that move.
     """
 
     def __init__(
@@ -92,9 +95,10 @@ class Recorder(Handler):
         module: nn.Module,
         at_first: Callable[[Call], None] | None = None,
         as_tensors: frozenset[str] = frozenset(),
+        at_call: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(module)
-        self.at_first, self.as_tensors = at_first, as_tensors
+        self.at_first, self.as_tensors, self.at_call = at_first, as_tensors, at_call
         self.first: Call | None = None
         self.contexts: list[str | None] = []
         self.numbers: dict[str, set[float]] = {}
@@ -106,8 +110,11 @@ class Recorder(Handler):
         if self.first is None:
             self.first = call
             if self.at_first is not None:
-                self.at_first(call)
+                with torch.no_grad():
+                    self.at_first(call)
                 raise StopAfterFirstCall
+        if self.at_call is not None:
+            self.at_call()
         self.calls += 1
         self.contexts.append(self.position.name if self.position else None)
         for name, value in call.constants.items():
@@ -116,7 +123,7 @@ class Recorder(Handler):
                 self.inputs.setdefault(name, _Input()).see(torch.tensor(float(value)))
         for name, tensor in zip(call.names, call.tensors, strict=True):
             self.inputs.setdefault(name, _Input()).see(tensor)
-        return self.module(*args, **kwargs)
+        return plain_call(self.module)(*args, **kwargs)
 
     def result(self) -> Recording:
         """The run as a Recording. Raises CaptureError where the denoiser was never called."""
@@ -130,14 +137,14 @@ class Recorder(Handler):
         per_step = math.ceil(self.calls / steps)
         seen = {n: i for n, i in self.inputs.items() if n in self.first.names or n in as_tensors}
         varying = frozenset(name for name, i in seen.items() if len(i.values) > min(per_step, MAX_STREAMS))
-        fixed = {name: i for name, i in seen.items() if name not in varying}
+        fixed = {name: i for name, i in seen.items() if name not in varying and len(i.which) == self.calls}
         streams = list(zip(self.contexts, *(i.which for i in fixed.values()), strict=True))
         levels = tuple(level for level, stream in zip(scalars, streams, strict=False) if stream == streams[0])
         keys = tuple(name for name, i in fixed.items() if i.stable)
         sides = [i.halves for n, i in fixed.items() if i.values[0].dim() > 1 and len(i.values[0]) % 2 == 0]
         moving = [seen[name].halves for name in varying if seen[name].values[0].dim() > 1]
         guided = bool(moving) and all(moving) and not all(sides)
-        return Recording(self.first, self.calls, time, levels, varying, keys, as_tensors, guided)
+        return Recording(self.first, self.calls, time, levels, varying, keys, as_tensors, guided=guided)
 
     def _time(self) -> tuple[str | None, list[float]]:
         """The scalar input that takes the most values, and its value at each call."""

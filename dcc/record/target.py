@@ -23,6 +23,7 @@ from dcc.record.recorder import Recorder, StopAfterFirstCall
 from dcc.torch_internals import COMPILED_CALL, hook_names, progress_bar_settings
 
 DENOISER_NAMES = ("transformer", "unet")
+CACHE_HOOKS = ("cache", "fbc_", "pyramid_attention_broadcast")  # in the names of hooks that are diffusers' caches
 PEER_MARKS = ("_is_cached", "is_cache_enabled", "enable_teacache")
 
 
@@ -261,7 +262,7 @@ def recording(target: Target, recorder: Recorder | None = None) -> Iterator[Reco
     """Sets a Recorder on the denoiser inside the context, and always puts back what was there before."""
     recorder = recorder or Recorder(target.module)
     try:
-        with installed(target, recorder), torch.no_grad(), torch.random.fork_rng():
+        with installed(target, recorder), torch.random.fork_rng():
             yield recorder
     except StopAfterFirstCall:
         pass
@@ -294,7 +295,7 @@ def _denoiser_name(pipe: Any) -> str:
 
 
 def _check_state(module: nn.Module) -> None:
-    """Refuses a denoiser that is compiled already, that another cache or hook patches, or that is being trained."""
+    """Refuses a denoiser that is compiled already, that another cache patches, or that is being trained."""
     name = type(module).__name__
     if seam.handler_of(module) is not None:
         raise AlreadyCompiledError(
@@ -304,15 +305,12 @@ def _check_state(module: nn.Module) -> None:
     for path, part in module.named_modules():
         where = path or name
         hooks = hook_names(part)
-        marks += [f"hook {hook!r} on {where}" for hook in hooks or []]
-        if "forward" in vars(part) and hooks is None:
-            marks.append(f"a replaced forward on {where}")
+        marks += [f"hook {hook!r} on {where}" for hook in hooks or [] if any(part in hook for part in CACHE_HOOKS)]
     if marks:
         found = ", ".join(marks[:3]) + (", ..." if marks[3:] else "")
         raise PeerCacheError(
-            f"another cache, patch or offload is active on {name} ({found}); two caches would feed each other stale "
-            "features, and a hooked module cannot be captured. Take it off (diffusers: disable_cache(), cache-dit: "
-            "disable_cache(pipe), accelerate: remove_all_hooks()) and compile again"
+            f"another cache is active on {name} ({found}); two caches would feed each other stale features. Take it "
+            "off (diffusers: disable_cache(), cache-dit: disable_cache(pipe)) and compile again"
         )
     if vars(module).get(COMPILED_CALL) is not None:
         raise PipelineError(f"{name}.compile() was called on it; give dcc the module itself, it compiles it")

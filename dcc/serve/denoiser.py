@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dcc.capture.export import capture, refresh
+from dcc.capture.export import capture, keep, refresh
 from dcc.capture.watch import Watch
 from dcc.discover.sites import Sites
 from dcc.discover.subject import Subject
@@ -24,7 +24,7 @@ from dcc.errors import CaptureError, PlanError, SiteError
 from dcc.lower.program import Programs
 from dcc.plans import mapping
 from dcc.plans.plan import Plan
-from dcc.record.call import SERVED, Call, bind
+from dcc.record.call import SERVED, Call, Served, bind
 from dcc.record.seam import Handler
 from dcc.serve.guard import Errors, Guard
 from dcc.serve.position import Positions
@@ -32,7 +32,7 @@ from dcc.serve.session import Counts, Sessions, Stream
 from dcc.serve.static import StaticRunner
 from dcc.serve.summary import Summary
 from dcc.serve.triggered import TriggeredRunner
-from dcc.torch_internals import pytree
+from dcc.torch_internals import plain_call, pytree
 from dcc.variants.build import Family, build
 
 logger = logging.getLogger("dcc")
@@ -90,7 +90,7 @@ class CompiledDenoiser(Handler):
         self._served: dict[Any, Family | str] = {}
         ignored = frozenset().union(*(family.captured.ignored for family in self.families))
         self.watch = Watch(self.module, ignored, functools.partial(refresh, self.module))
-        self.restless = False  # whether the module's state changes within runs
+        self.restless = subject.run.restless  # whether the module's state changes within runs
         self.notes: Counter[str] = Counter()  # what did not go as planned, and how often
         self._lock = threading.RLock()
         self._session: ContextVar[str | None] = ContextVar("session", default=None)
@@ -108,28 +108,31 @@ class CompiledDenoiser(Handler):
         if isinstance(family, str):
             result = self._original(family, args, kwargs)
         else:
-            result = pytree.tree_unflatten(self._serve(family, call, stream, step), family.captured.out_spec)
+            result = self._serve(family, call, stream, step, (args, kwargs))
         last, stream.step = stream.step, step
         if mapping.ends(self.plan, last, step) if stream.served else step == self.plan.steps - 1:
             self.sessions.close(key)
             self._look_back()
         return result
 
-    def _serve(self, family: Family, call: Call, stream: Stream, step: float) -> list[Tensor]:
-        if family.captured.problem:  # the module runs as the caller wants it to run
-            token = SERVED.set(call)
-            try:
-                return self.runner.serve(family, call, stream, step)
-            finally:
-                SERVED.reset(token)
-        with torch.no_grad(), call.without_autocast():
-            return self.runner.serve(family, call, stream, step)
+    def _serve(self, family: Family, call: Call, stream: Stream, step: float, given: Any) -> Any:
+        out_spec = family.captured.out_spec
+        if not family.captured.problem:
+            with torch.no_grad(), call.without_autocast():
+                return pytree.tree_unflatten(self.runner.serve(family, call, stream, step), out_spec)
+        served = Served(call, given)  # the module runs as the caller wants it to, and its answer is what it returns
+        token = SERVED.set(served)
+        try:
+            outputs = self.runner.serve(family, call, stream, step)
+        finally:
+            SERVED.reset(token)
+        return pytree.tree_unflatten(outputs, out_spec) if served.result is None else served.result
 
     def _original(self, reason: str, args: Any, kwargs: Any) -> Any:
         """What the module itself returns, with the reason noted."""
         self.note(f"the original ran: {reason}")
         self.sessions.count("originals")
-        return self.module(*args, **kwargs)
+        return plain_call(self.module)(*args, **kwargs)
 
     def note(self, said: str) -> None:
         """Keeps, for the summary, something that did not go as planned, and logs it the first time."""
@@ -158,13 +161,26 @@ class CompiledDenoiser(Handler):
         module: a graph captured at other sizes may have taken a branch that this size would not. Where they differ, the
         call is captured at its own sizes.
         """
-        key = self.watch.state.digest, call.signature, call.shapes, torch.is_grad_enabled()
+        key = self.watch.state.digest, call.signature, call.layout, torch.is_grad_enabled()
         found = self._served.get(key)
         if found is None:
             with self._lock:
                 found = self._served.get(key) or self._fitting(call)
+                if isinstance(found, Family) and found.captured.keeps:
+                    found = self._settled(found, call)
                 self._served[self.watch.state.digest, *key[1:]] = found
         return found
+
+    def _settled(self, family: Family, call: Call) -> Family:
+        """The same for the state that a first call of the module itself leaves, because it makes a table, say."""
+        with torch.no_grad():
+            call.twin().run(self.module)
+        state = self.watch.look()
+        if state != family.captured.state:
+            family = replace(family, captured=replace(family.captured, state=state))
+            keep(self.module, family.captured)
+            self.families.append(family)
+        return family
 
     def _fitting(self, call: Call) -> Family | str:
         state = self.watch.state
@@ -195,6 +211,7 @@ class CompiledDenoiser(Handler):
                 raise CaptureError(f"the denoiser is not as it was in the recorded run: {family}")
             self.runner.warm(family, call, say)
         self.sessions.counts = Counts()
+        self._served.clear()
 
     @contextlib.contextmanager
     def session(self, name: str | None = None) -> Iterator[None]:
