@@ -64,7 +64,7 @@ def insert_read(
     Raises PassError where the clusters are of another number of channels than the value has.
     """
     form, first = group.form, group.first
-    per_sample = str(shape(anchors[0])[0]) == str(shape(coefficients)[1])
+    per_sample = str(next(iter(shape(anchors[0])), 1)) == str(shape(coefficients)[1])
 
     def combined(at: int) -> Node:
         return insert_call(graph_module, combine.reference, coefficients, at, anchors, per_sample)

@@ -44,9 +44,15 @@ def capture(
     that is more than a function of its inputs, and none is taken that gives other values than the module. A module that
     was captured before in this state is not captured again, so compiling once more for another plan is quick.
     """
+    call, first = call.detached(), first.detached() if first is not None else None
     state = State.of(module, ignored)
     with preserved(module):
         evidence = examine(module, call)
+        if evidence.shifting:
+            raise CaptureError(
+                f"{type(module).__name__} answers equal calls in structures that differ ({evidence.finding}); dcc "
+                "forecasts answers of one structure"
+            )
         finding = f"it has {state.hooks}" if state.hooks else evidence.finding
         if finding:
             captured = replace(_opaque(module, call, evidence, finding), ignored=ignored | evidence.changed)

@@ -41,6 +41,7 @@ def preserved(module: nn.Module) -> Iterator[None]:
     tensors = [t for _, t in (*walk.loose, *walk.weights) if t.layout is torch.strided and not t.is_meta]
     small = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) <= SMALL_MODULE
     values = [(t, t.detach().clone()) for t in tensors if small or not isinstance(t, nn.Parameter)]
+    gradients = [(t, t.grad) for _, t in walk.weights]
     generators = [_remembered(generator) for _, generator in walk.generators]
     with numbers_preserved():
         try:
@@ -58,6 +59,9 @@ def preserved(module: nn.Module) -> Iterator[None]:
             for tensor, value in values:
                 if tensor.shape != value.shape or not torch.equal(tensor, value):
                     _write(tensor, value)
+            for tensor, gradient in gradients:
+                if tensor.grad is not gradient:
+                    tensor.grad = gradient
             for put_back in generators:
                 put_back()
 
@@ -128,7 +132,7 @@ def _same(container: Any, before: list[Any]) -> bool:
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:
-    with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # in this order: the first enables gradients
         if tensor.shape != value.shape:
             tensor.resize_(value.shape)
         tensor.copy_(value)

@@ -34,6 +34,7 @@ class Evidence:
     changed: frozenset[str] = frozenset()
     answers: list[tuple[Call, list[Any]]] = field(default_factory=list)
     spec: pytree.TreeSpec | None = None
+    shifting: bool = False  # its answers to equal calls have other structures
     keeps: bool = False  # its first call makes what later ones use, whatever the inputs are, such as a table
 
 
@@ -49,36 +50,52 @@ class _Run:
 
 def examine(module: nn.Module, call: Call) -> Evidence:
     """Runs the module three to five times on copies of a call's tensors; whoever asks puts its state back."""
-    other, said = _other(call), []
-    with preserved(module):
-        first = _run(module, call)
-        if first.changed:
-            kept = _contents(module, first.changed)
-    if first.changed:  # such as a table that is made at the first call; it must be the same whatever the inputs are
-        with preserved(module):
-            try:
-                elsewhere = _run(module, other)
-                known = _contents(module, elsewhere.changed)
-            except Exception:  # inputs that the module refuses say nothing about what it keeps
-                known = kept
-        if differing(kept, known):
-            said.append(f"it keeps {_listed(differing(kept, known))} of the inputs of a call")
-        first = _run(module, call)
-    changed = dict.fromkeys(differing(kept, known)) if said else {}
+    other = _other(call)
+    said, changed = _at_first(module, call, other)
+    first = _run(module, call)
     answers = [(call, first.outputs)]
     try:
         second = _run(module, other)
         answers.append((other, second.outputs))
-    except Exception:
+    except Exception:  # inputs that the module refuses say nothing about it
         second = first
     third = _run(module, call)
-    changed |= dict.fromkeys((*second.changed, *third.changed))
-    if not said and changed:
-        said.append(f"its calls change {_listed([*changed])}")
+    later = {*third.changed, *(second.changed if second is not first else ())}
+    if later and not said:
+        said.append(f"its calls change {_listed(sorted(later))}")
     if not same(third.outputs, first.outputs):
         said.append("its answer to equal inputs depends on the calls before")
     said += dict.fromkeys((*first.said, *second.said, *third.said))
-    return Evidence("; ".join(said) or None, frozenset(changed), answers, first.spec, bool(first.changed))
+    return Evidence(
+        "; ".join(said) or None,
+        frozenset(later | changed),
+        answers,
+        first.spec,
+        shifting=third.spec != first.spec,
+        keeps=bool(first.changed),
+    )
+
+
+def _at_first(module: nn.Module, call: Call, other: Call) -> tuple[list[str], set[str]]:
+    """What is wrong with what the first call of a module makes and keeps, and which attributes that is.
+
+    Nothing is where it is the same whatever the inputs are, such as a table, and no weight, which graphs read live.
+    """
+    with preserved(module):
+        made = _run(module, call).changed
+        kept = _contents(module, made)
+        weights = {name for name, _ in Walk(module).weights}
+    if not made:
+        return [], set()
+    if written := weights.intersection(made):
+        return [f"its calls change {_listed(sorted(written))}"], set(made)
+    with preserved(module):
+        try:
+            _run(module, other)
+        except Exception:  # inputs that the module refuses say nothing about what it keeps
+            return [], set()
+        differs = differing(kept, _contents(module, made))
+    return ([f"it keeps {_listed(differs)} of the inputs of a call"], set(made)) if differs else ([], set())
 
 
 def _run(module: nn.Module, call: Call) -> _Run:

@@ -80,9 +80,17 @@ def record(target: Target, prompts: Sequence[Any]) -> Recording:
         elif not moved and not marks[0].holds():
             moved.append(True)
 
-    with recording(target, Recorder(target.module, at_call=at_call)) as recorder:
-        target.sample(prompts[:1])
-    return replace(recorder.result(), restless=bool(moved))
+    def run(gradients: bool) -> Recording:
+        with recording(target, Recorder(target.module, at_call=at_call), gradients) as recorder:
+            target.sample(prompts[:1])
+        return replace(recorder.result(), restless=bool(moved), gradients=gradients)
+
+    try:
+        return run(gradients=False)
+    except RuntimeError as error:
+        if "grad" not in str(error):
+            raise
+    return run(gradients=True)  # a loop that differentiates through the denoiser
 
 
 def capture_inside(target: Target, prompts: Sequence[Any], run: Recording) -> Captured:
@@ -100,7 +108,7 @@ def capture_inside(target: Target, prompts: Sequence[Any], run: Recording) -> Ca
     batched = any(tensor.dim() > 0 and len(tensor) == 1 for tensor in run.first.tensors)
     for some in ([prompts[0], prompts[-1]], prompts[:1]) if batched else (prompts[:1],):
         try:
-            with recording(target, Recorder(target.module, at_first, run.as_tensors)):
+            with recording(target, Recorder(target.module, at_first, run.as_tensors), run.gradients):
                 target.sample(some)
         except (TypeError, ValueError, RuntimeError):  # a loop for one image at a time, or arguments that are per image
             if len(some) == 1:

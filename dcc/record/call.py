@@ -72,6 +72,11 @@ class Call:
         """The shapes and strides of its tensors, on which the code of a module may depend."""
         return tuple((tuple(t.shape), t.stride() if t.layout is torch.strided else t.layout) for t in self.tensors)
 
+    def detached(self) -> Call:
+        """The same call on the same values, without the history that gradients need."""
+        own = {id(t): t.detach() for t in self.tensors}
+        return replace(self, tensors=tuple(own[id(t)] for t in self.tensors))
+
     def twin(self) -> Call:
         """The same call on copies of its tensors, which a module that writes to its inputs may have."""
         copies = {id(t): _copy(t) for t in self.tensors}
@@ -105,7 +110,12 @@ def _copy(tensor: Tensor) -> Tensor:
     if tensor.layout is not torch.strided:
         return tensor.detach().clone()
     expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return tensor if expanded else tensor.detach().clone()
+    if expanded:
+        return tensor
+    copy = tensor.detach().clone()
+    if copy.stride() != tensor.stride():  # a part of a larger tensor, with gaps
+        copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(copy)
+    return copy
 
 
 def _autocast(tensors: Sequence[Tensor]) -> torch.dtype | None:

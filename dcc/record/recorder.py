@@ -38,6 +38,7 @@ class Recording:
     varying: frozenset[str]
     keys: tuple[str, ...]
     as_tensors: frozenset[str]
+    gradients: bool = False  # the loop differentiates through the denoiser
     restless: bool = False  # the denoiser's state was not the same at every call
     guided: bool = False  # at every call both halves of the batch hold equal samples; prompt-side inputs differ
 
@@ -108,7 +109,7 @@ class Recorder(Handler):
     def call(self, *args: Any, **kwargs: Any) -> Any:
         call = bind(self.module, args, kwargs, self.as_tensors)
         if self.first is None:
-            self.first = call
+            self.first = call.detached()
             if self.at_first is not None:
                 with torch.no_grad():
                     self.at_first(call)

@@ -258,11 +258,14 @@ def installed(target: Target, handler: seam.Handler | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(target: Target, recorder: Recorder | None = None) -> Iterator[Recorder]:
-    """Sets a Recorder on the denoiser inside the context, and always puts back what was there before."""
+def recording(target: Target, recorder: Recorder | None = None, gradients: bool = False) -> Iterator[Recorder]:
+    """Sets a Recorder on the denoiser inside the context, and always puts back what was there before.
+
+    `gradients` are for loops that differentiate through the denoiser.
+    """
     recorder = recorder or Recorder(target.module)
     try:
-        with installed(target, recorder), torch.random.fork_rng():
+        with installed(target, recorder), torch.set_grad_enabled(gradients), torch.random.fork_rng():
             yield recorder
     except StopAfterFirstCall:
         pass

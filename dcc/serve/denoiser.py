@@ -20,7 +20,7 @@ from dcc.capture.export import capture, keep, refresh
 from dcc.capture.watch import Watch
 from dcc.discover.sites import Sites
 from dcc.discover.subject import Subject
-from dcc.errors import CaptureError, PlanError, SiteError
+from dcc.errors import CaptureError, PassError, PlanError, SiteError
 from dcc.lower.program import Programs
 from dcc.plans import mapping
 from dcc.plans.plan import Plan
@@ -37,6 +37,7 @@ from dcc.variants.build import Family, build
 
 logger = logging.getLogger("dcc")
 MOST_STATES = 16  # states of a module that are captured; in others, the original runs
+MOST_IN_A_RUN = 4  # the same where the state changes within runs
 
 
 class Runner(Protocol):
@@ -188,14 +189,18 @@ class CompiledDenoiser(Handler):
         for family in here:
             if family.captured.accepts(call) and family.captured.agrees(self.module, call):
                 return family
-        if len({family.captured.state.digest for family in self.families}) >= MOST_STATES:
-            return f"it has been in more than {MOST_STATES} states, each of which would be captured"
-        captured = capture(self.module, call, ignored=self.watch.ignored)
+        most = MOST_IN_A_RUN if self.restless else MOST_STATES
+        if len({family.captured.state.digest for family in self.families}) >= most:
+            return f"it has been in more than {most} states, each of which would be captured"
+        try:
+            captured = capture(self.module, call, ignored=self.watch.ignored)
+        except CaptureError as error:
+            return str(error)
         self.watch.ignore(captured.ignored)
         try:
             family = self.runner.build(self.subject.sites_of(captured))
-        except (SiteError, PlanError) as error:
-            return f"{captured.problem or 'as it is now, it has other sites'}; {error}"
+        except (SiteError, PlanError, PassError) as error:
+            return f"{captured.problem or 'as it is now, the plan does not fit it'}; {error}"
         self.families.append(family)
         return family
 

@@ -20,9 +20,9 @@ class OwnCall(Net):
         return super().__call__(*args, **kwargs) * 2
 
 
-@odd("classes")
+@odd("classes", by_hand=False)
 class CallThatCounts(Net):
-    """Its `__call__` counts."""
+    """Its `__call__` counts, around a compiled module too, which a cache written by hand does not call."""
 
     def __init__(self):
         super().__init__()
