@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -146,8 +147,13 @@ def save_and_load(folder: Path, writer: int, rounds: int) -> int:
     return whole
 
 
-def counted(folder: str, writer: int, rounds: int, results: multiprocessing.Queue) -> None:
-    results.put(save_and_load(Path(folder), writer, rounds))
+IN_A_PROCESS = """
+import sys
+from pathlib import Path
+sys.path.append({root!r})
+from tests.test_files import save_and_load
+print(save_and_load(Path({folder!r}), {writer}, {rounds}))
+"""
 
 
 def in_threads(folder: Path, writers: int, rounds: int) -> int:
@@ -163,15 +169,10 @@ def in_threads(folder: Path, writers: int, rounds: int) -> int:
 
 
 def in_processes(folder: Path, writers: int, rounds: int) -> int:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    started = [context.Process(target=counted, args=(str(folder), w, rounds, results)) for w in range(writers)]
-    for process in started:
-        process.start()
-    found = [results.get(timeout=300) for _ in started]
-    for process in started:
-        process.join()
-    return sum(found)
+    root = str(Path(__file__).resolve().parent.parent)
+    codes = [IN_A_PROCESS.format(root=root, folder=str(folder), writer=w, rounds=rounds) for w in range(writers)]
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for code in codes]
+    return sum(int(process.communicate(timeout=600)[0]) for process in started)
 
 
 def test_eight_threads_saving_and_loading_find_whole_files_only(tmp_path):

@@ -138,14 +138,14 @@ def use_profile(profile):
 def test_profiles_with_one_value_changed(canary, tmp_path):
     path, tried = tmp_path / "p.safetensors", count()
     a_profile().save(path)
-    for edit, header in changed(header_of(path), canary, 200):
+    for edit, header in changed(header_of(path), canary, 100):
         a_profile().save(path)
         rewrite(path, "dcc_profile", PROFILE_VERSION, header)
         profile = outcome(edit, lambda: Profile.load(path), ProfileError)
         if profile is not None:
             use_profile(profile)
         next(tried)
-    assert next(tried) == 200
+    assert next(tried) == 100
 
 
 def a_checkpoint(path, done=1):
@@ -170,13 +170,13 @@ def test_checkpoints_with_one_value_changed(canary, tmp_path):
     path, tried = tmp_path / "half.ckpt", count()
     a_checkpoint(path).load(path, 2)
     header = header_of(path)
-    for edit, other in changed(header, canary, 200):
+    for edit, other in changed(header, canary, 100):
         fresh = a_checkpoint(path)
         rewrite(path, calibrate.MARK, calibrate.VERSION, other)
         outcome(edit, lambda fresh=fresh: fresh.load(path, 2), ProfileError)
         assert fresh.done in (0, 1)  # prompts that were run, or nothing at all
         next(tried)
-    assert next(tried) == 200
+    assert next(tried) == 100
     for done in (0, 2, 99, -1, True, 1.0, 2**70):  # 2 has too few probes
         fresh = a_checkpoint(path)
         rewrite(path, calibrate.MARK, calibrate.VERSION, header | {"done": done})
@@ -266,12 +266,12 @@ def read_stored(name, path, graph):
 def test_graphs_with_one_value_changed(graph, canary, tmp_path):
     path, tried = tmp_path / "net.graph", count()
     path.write_bytes(graph[0])
-    for edit, header in changed(header_of(path), canary, 150):
+    for edit, header in changed(header_of(path), canary, 100):
         path.write_bytes(graph[0])
         rewrite(path, MARK, FORMAT, header)
         read_stored(edit, path, graph)
         next(tried)
-    assert next(tried) == 150
+    assert next(tried) == 100
 
 
 def attacks(header, canary):

@@ -21,7 +21,7 @@ from dcc.torch_internals import SIZE_EXPRESSIONS, SizeEnvironment, expression, f
 SYMBOL = re.compile(r"[a-z]{1,4}\d{1,9}")
 SYMBOLIC = {torch.SymInt: "int", torch.SymFloat: "float", torch.SymBool: "bool"}
 KINDS = {"int": int, "float": float, "bool": bool}
-MOST_PARTS, MOST_IN_ALL, DEEPEST = 200, 10_000, 24
+MOST_PARTS, MOST_IN_ALL, DEEPEST = 200, 10_000, 20
 LARGEST = 2**63 - 1  # of every number on the way
 LARGEST_POWER = 64
 
