@@ -11,22 +11,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import networkx as nx
 from torch.fx import GraphModule
 
 from dcc.passes.costs import Cost
 from dcc.passes.dataflow import Dataflow
-from dcc.passes.graph import op_name
+from dcc.passes.graph import op_name, shape
+from dcc.torch_internals import hint, symbols_of
 
 
 def levels(graph_module: GraphModule, costs: Mapping[str, Cost]) -> list[set[str]]:
-    """Names of the convolutions at each spatial size, finest first; sizes are products of all dimensions after two."""
-    by_size: dict[int, set[str]] = {}
+    """Names of the convolutions at each spatial size, finest first in the call of `costs`.
+
+    Sizes are those of all dimensions after two. They are one size where they are made of the same symbols, and equal at
+    capture: what is halved and doubled again is back at its level, and height is not width in a picture that is square.
+    """
+    by_size: dict[Any, set[str]] = {}
+    finest: dict[Any, int] = {}
     for node in graph_module.graph.nodes:
-        if op_name(node).startswith("conv") and len(costs[node.name].shape) >= 4:
-            by_size.setdefault(math.prod(costs[node.name].shape[2:]), set()).add(node.name)
-    return [by_size[size] for size in sorted(by_size, reverse=True)]
+        if op_name(node).startswith("conv") and len(shape(node)) >= 4:
+            size = tuple((frozenset(symbols_of(length)), hint(length)) for length in shape(node)[2:])
+            by_size.setdefault(size, set()).add(node.name)
+            finest[size] = max(math.prod(costs[node.name].shape[2:]), finest.get(size, 0))
+    return [by_size[size] for size in sorted(by_size, key=finest.__getitem__, reverse=True)]
 
 
 def level_cut(level: int, all_levels: list[set[str]], flow: Dataflow, costs: Mapping[str, Cost]) -> list[str]:

@@ -8,11 +8,12 @@ from torch import nn
 from dcc.capture.export import capture
 from dcc.discover.sites import find_sites
 from dcc.passes.base import Port
-from dcc.passes.costs import costs
+from dcc.passes.costs import Cost, costs
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import nodes_by_name
 from dcc.passes.levels import level_cut, levels, skip_pairs
 from dcc.record.call import bind
+from dcc.torch_internals import hint
 
 
 def convolution(inputs, outputs, stride=1):
@@ -119,3 +120,24 @@ def test_cuts_are_sites(unet):
     assert cuts["level:1"] == ((2, 8, 8, 8),)
     assert cuts["level:2"] == ((2, 8, 4, 4),)
     assert sites["level:1"].flops == sites["cut:0"].flops > sites["level:2"].flops > 0
+
+
+def test_sizes_that_coincide_are_no_level():
+    """Two pictures of one size in this call; and what is halved and doubled again is back at its level."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.down, self.up, self.other = (nn.Conv2d(1, 1, 3, padding=1, stride=s) for s in (1, 2, 1, 1))
+
+        def forward(self, x, y):
+            coarse = self.down(self.first(x))
+            return self.up(coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)), self.other(y)
+
+    given = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+    dynamic = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    graph_module = torch.export.export(Two(), given, dynamic_shapes=(dynamic, dynamic), strict=False).graph_module
+    values = {n.name: n.meta.get("val") for n in graph_module.graph.nodes}
+    known = {name: Cost(0, 0, tuple(map(hint, v.shape))) for name, v in values.items() if isinstance(v, torch.Tensor)}
+    found = [len(level) for level in levels(graph_module, known)]
+    assert sorted(found[:2]) == [1, 2] and found[2:] == [1]

@@ -38,10 +38,17 @@ def test_a_slice_of_a_slice_counts_from_its_start(build):
     assert sources(build, function) == {"b"}
 
 
-def test_items_of_a_split_and_of_chunks(build):
-    for split in (lambda x: aten.split.Tensor(x, 4, 1), lambda x: aten.chunk.default(x, 2, 1)):
-        for index, expected in enumerate(("a", "b")):
-            assert sources(build, lambda a, b, c, i=index, s=split: (s(aten.cat.default([a, b], 1))[i],)) == {expected}
+@pytest.mark.parametrize(("index", "expected"), [(0, "a"), (1, "b")])
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda x: aten.split.Tensor(x, 4, 1),
+        lambda x: aten.chunk.default(x, 2, 1),
+        lambda x: aten.split_with_sizes.default(x, [4, 4], 1),
+    ],
+)
+def test_items_of_a_split(build, split, index, expected):
+    assert sources(build, lambda a, b, c: (split(aten.cat.default([a, b], 1))[index],)) == {expected}
 
 
 def test_permuted_and_viewed_tokens_stay_where_they_are(build):
