@@ -102,7 +102,7 @@ class Changes(RuleBasedStateMachine):
         dcc.restore(self.loops[0].net)
 
 
-@pytest.mark.parametrize("runs", [pytest.param(12), pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("runs", [pytest.param(6, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.long)])
 def test_random_changes_are_served_as_the_original_would(runs: int) -> None:
     run_state_machine_as_test(
         Changes,

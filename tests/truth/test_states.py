@@ -27,8 +27,10 @@ def both(change: Change, model: str) -> tuple[Loop, Loop]:
     return ours, plain(change, model)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["the other lora", "a number", "one processor set"])
+@pytest.mark.parametrize(
+    "name",
+    ["the other lora", *(pytest.param(name, marks=pytest.mark.long) for name in ("a number", "one processor set"))],
+)
 def test_two_states_that_alternate_are_captured_once_each(name: str) -> None:
     change = CHANGES[name]
     needed(change)
@@ -47,20 +49,24 @@ def test_two_states_that_alternate_are_captured_once_each(name: str) -> None:
     assert (summary.captures, summary.originals) == (2, 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        "a parameter written",
-        "a parameter s data replaced",
-        "a buffer written",
-        "a state dict loaded",
         "a lora hot swapped",
-        "another image",
-        "another guidance scale",
-        "latents changed by a callback",
-        "a parameter that requires gradients without any asked",
-        "inference mode",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in (
+                "a parameter written",
+                "a parameter s data replaced",
+                "a buffer written",
+                "a state dict loaded",
+                "another image",
+                "another guidance scale",
+                "latents changed by a callback",
+                "a parameter that requires gradients without any asked",
+                "inference mode",
+            )
+        ),
     ],
 )
 def test_values_need_no_new_capture(name: str) -> None:
@@ -75,7 +81,7 @@ def test_values_need_no_new_capture(name: str) -> None:
     assert (summary.captures, summary.originals) == (before.captures, before.originals)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_scale_that_changes_often_is_not_captured_each_time() -> None:
     """After three values it is known to change; ten more cost three captures at most."""
     pytest.importorskip("peft")
