@@ -263,7 +263,7 @@ class DecoratedForward(Net):
         return super().forward(x, t, ctx)
 
 
-@odd("classes")
+@odd("classes", long=True)
 class PartialForward(Net):
     """Its forward is a partial method."""
 
