@@ -66,7 +66,7 @@ class AsksItsInside(nn.Module):
         return self.out(self.hidden(x, t, ctx)) * self.scale
 
 
-@odd("classes", refused="another cache, patch or offload")
+@odd("classes", refused="another cache")
 class HasEveryAttribute(Net):
     """Makes up an answer for every attribute that it has not."""
 
