@@ -56,7 +56,7 @@ def with_floats(net: Any, prompt: Prompt, see: See) -> Tensor:
     return x
 
 
-@odd("branches", loop=with_floats)
+@odd("branches", loop=with_floats, long=True)
 class TakesAFloat(Net):
     """Computes with `math` on a float, and branches on it."""
 
@@ -76,7 +76,7 @@ def with_or_without_dimension(net: Any, prompt: Prompt, see: See) -> Tensor:
     return x
 
 
-@odd("branches", loop=with_or_without_dimension)
+@odd("branches", loop=with_or_without_dimension, long=True)
 class AsksForTheDimensions(Net):
     """A level without dimension is taken for all samples, and differently."""
 
@@ -93,7 +93,7 @@ class AsksForTheValue(Net):
         return self.out(h if t[0].item() > 0.5 else h.sin())
 
 
-@odd("branches")
+@odd("branches", long=True)
 class AsksATensor(Net):
     """Computes otherwise where any of the samples is large."""
 
@@ -161,7 +161,7 @@ def of_two_types(net: Any, prompt: Prompt, see: See) -> Tensor:
     return x
 
 
-@odd("branches", loop=of_two_types)
+@odd("branches", loop=of_two_types, long=True)
 class AsksForTheType(Net):
     """Computes otherwise in double precision, and gives what it was given."""
 
@@ -223,7 +223,7 @@ class AsksWhetherItIsExported(Net):
         return self.out(h.sin() if torch.compiler.is_exporting() else h)
 
 
-@odd("branches")
+@odd("branches", long=True)
 class AsksWhetherItIsCompiled(Net):
     """Answers otherwise while it is compiled."""
 
@@ -295,7 +295,7 @@ def some_without_text(net: Any, prompt: Prompt, see: See) -> Tensor:
     return x
 
 
-@odd("branches", loop=some_without_text)
+@odd("branches", loop=some_without_text, long=True)
 class AsksForNone(Net):
     """Has a text of its own where none is given."""
 
@@ -318,7 +318,7 @@ def by_name(net: Any, prompt: Prompt, see: See) -> Tensor:
     return x
 
 
-@odd("branches", loop=by_name)
+@odd("branches", loop=by_name, long=True)
 class AsksForAName(Net):
     """A string names the function, a flag the structure of the answer."""
 
@@ -327,7 +327,7 @@ class AsksForAName(Net):
         return (out,) if as_tuple else out
 
 
-@odd("branches")
+@odd("branches", long=True)
 class AsksForEqualRows(Net):
     """Computes otherwise where both samples have the same text."""
 

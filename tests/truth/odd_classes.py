@@ -66,7 +66,7 @@ class AsksItsInside(nn.Module):
         return self.out(self.hidden(x, t, ctx)) * self.scale
 
 
-@odd("classes", refused="another cache, patch or offload")
+@odd("classes", refused="another cache")
 class HasEveryAttribute(Net):
     """Makes up an answer for every attribute that it has not."""
 
@@ -263,7 +263,7 @@ class DecoratedForward(Net):
         return super().forward(x, t, ctx)
 
 
-@odd("classes")
+@odd("classes", long=True)
 class PartialForward(Net):
     """Its forward is a partial method."""
 

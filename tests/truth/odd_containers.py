@@ -111,7 +111,7 @@ class Texts(NamedTuple):
     scale: float = 1.0
 
 
-@odd("containers", loop=giving(lambda p: Texts(p.ctx, p.ctx[:, :2], 0.5)), refused="not tensors")
+@odd("containers", loop=giving(lambda p: Texts(p.ctx, p.ctx[:, :2], 0.5)), refused="not tensors", long=True)
 class NamedTuples(Net):
     """Takes a named tuple and gives one."""
 
@@ -211,7 +211,7 @@ class GivesNumbersAsTensors(Net):
         return out, out.mean(), (out > 0).sum()
 
 
-@odd("containers", loop=giving(text))
+@odd("containers", loop=giving(text), long=True)
 class GivesAsManyAsItNeeds(Net):
     """As many tensors as there are tokens."""
 
@@ -228,7 +228,7 @@ class NamesWithDots(Net):
         return self.out(self.hidden(x, t, given["a.b"]) - self.hidden(x, t, given["a"]["b"]))
 
 
-@odd("containers", loop=giving(type=text, input=lambda p: 2.0, self_=lambda p: p.ctx.mean(1)))
+@odd("containers", loop=giving(type=text, input=lambda p: 2.0, self_=lambda p: p.ctx.mean(1)), long=True)
 class NamesOfBuiltins(Net):
     """Arguments are named as Python's own functions are."""
 

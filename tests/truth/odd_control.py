@@ -26,7 +26,7 @@ class GuidesItself(Net):
             return torch.autograd.grad(energy, asking)[0]
 
 
-@odd("control")
+@odd("control", long=True)
 class AsksItsInputForGradients(Net):
     """Sets the flag of the very tensor that it was given."""
 
@@ -93,7 +93,7 @@ class InferenceModeInside(Net):
         return super().forward(x, t, ctx)
 
 
-@odd("control")
+@odd("control", long=True)
 class LoopsUntilSmall(Net):
     """Halves its values until they are small."""
 
@@ -104,7 +104,7 @@ class LoopsUntilSmall(Net):
         return self.out(h)
 
 
-@odd("control")
+@odd("control", long=True)
 class TorchCond(Net):
     """A branch that stays a branch in the graph."""
 
@@ -113,7 +113,7 @@ class TorchCond(Net):
         return self.out(torch.cond(t.mean() > 0.5, lambda h: h.sin(), lambda h: h.cos(), (h,)))
 
 
-@odd("control")
+@odd("control", long=True)
 class LoopsOverTokens(Net):
     """A recurrence over the tokens in Python."""
 
@@ -189,7 +189,7 @@ class RaisesForASize(Net):
         return super().forward(x, t, ctx)
 
 
-@odd("control")
+@odd("control", long=True)
 class CatchesItsErrors(Net):
     """Tries what fails for some sizes and does something else then."""
 
@@ -200,7 +200,7 @@ class CatchesItsErrors(Net):
         return self.out(h)
 
 
-@odd("control")
+@odd("control", long=True)
 class GoesThroughNumpy(Net):
     """A part of it is numpy's."""
 
@@ -209,7 +209,7 @@ class GoesThroughNumpy(Net):
         return self.out(torch.from_numpy(np.sort(h, axis=1)))
 
 
-@odd("control")
+@odd("control", long=True)
 class GoesThroughLists(Net):
     """A part of it is Python's numbers."""
 
@@ -218,7 +218,7 @@ class GoesThroughLists(Net):
         return super().forward(x * torch.tensor(scales)[:, None, None], t, ctx)
 
 
-@odd("control")
+@odd("control", long=True)
 class MapsOverSamples(Net):
     """A function of one sample, mapped over the batch, and its derivative."""
 
@@ -248,7 +248,7 @@ class OwnFunction(Net):
         return self.out(Rounded.apply(self.hidden(x, t, ctx)))
 
 
-@odd("control")
+@odd("control", long=True)
 class RunsInThreads(Net):
     """Two branches in two threads."""
 
@@ -262,7 +262,7 @@ class RunsInThreads(Net):
         return self.out(parts[0] + parts[1])
 
 
-@odd("control")
+@odd("control", long=True)
 class CallsItself(Net):
     """Calls itself, as a module and as a function, on half of the tokens."""
 
@@ -279,7 +279,7 @@ def halve(h: Tensor) -> Tensor:
     return h / 2
 
 
-@odd("control")
+@odd("control", long=True)
 class OwnOperator(Net):
     """An operator of its own, which says nothing about shapes."""
 
@@ -287,7 +287,7 @@ class OwnOperator(Net):
         return self.out(halve(self.hidden(x, t, ctx)))
 
 
-@odd("control")
+@odd("control", long=True)
 class CompiledInside(Net):
     """A part of it is compiled by torch, without a compiler."""
 

@@ -331,7 +331,7 @@ class TakesTurns(Net):
         return self.out(self.one(self.hidden(x, t, ctx)).tanh())
 
 
-@odd("counters", uncacheable=True)
+@odd("counters", uncacheable=True, refused="iterator")
 class DrawsFromAnIterator(Net):
     """The number of the call comes from an iterator."""
 

@@ -233,7 +233,7 @@ def under_autocast(net: Any, prompt: Prompt, see: See) -> Tensor:
         return loop(net, prompt, see)
 
 
-@odd("memory", loop=under_autocast)
+@odd("memory", loop=under_autocast, long=True)
 class AutocastOffInside(Net):
     """Runs under its user's autocast, but computes one layer without."""
 
@@ -243,7 +243,7 @@ class AutocastOffInside(Net):
             return self.out(h.float())
 
 
-@odd("memory")
+@odd("memory", long=True)
 class AutocastNested(Net):
     """Autocast, off and on again, inside."""
 
@@ -281,7 +281,7 @@ class HalfWeights(Net):
         return self.out(self.hidden(x.bfloat16(), t.bfloat16(), ctx.bfloat16()).float())
 
 
-@odd("memory")
+@odd("memory", long=True)
 class FilteredFrequencies(Net):
     """Goes through the complex numbers of a Fourier transform."""
 

@@ -155,7 +155,7 @@ class SeedsTheGlobalGenerator(Net):
         return super().forward(x + torch.rand(x.shape), t, ctx)
 
 
-@odd("random")
+@odd("random", long=True)
 class PutsTheGeneratorBack(Net):
     """Seeds, draws, and leaves the generator as it was."""
 
