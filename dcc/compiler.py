@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcc import arguments
 from dcc.capture.export import capture
 from dcc.discover.sites import Sites, find_sites
 from dcc.discover.subject import Subject
-from dcc.errors import PipelineError, PlanError, PolicyError
+from dcc.errors import PipelineError, PlanError, PolicyError, ProfileError
 from dcc.lower.program import Backend, Mode, check_backend, start_inductor
 from dcc.measure.profile import Profile
 from dcc.plans import mapping
@@ -24,13 +25,15 @@ from dcc.record.seam import disabled as plain
 from dcc.record.seam import handler_of
 from dcc.record.target import (
     call_parameters,
+    check_model,
     check_prompts,
     denoiser_of,
+    is_pipeline,
     make_target,
     recording,
     restore_target,
 )
-from dcc.search.budget import DEFAULT_EFFORT, Candidates, Effort, budget_of, plan_within
+from dcc.search.budget import DEFAULT_EFFORT, Candidates, Effort, budget_of, check_effort, plan_within
 from dcc.serve.denoiser import CompiledDenoiser
 from dcc.serve.guard import Guard
 from dcc.serve.summary import Summary
@@ -91,13 +94,20 @@ def compile(
 
     Raises a subclass of DccError, with `model` unchanged, for anything it refuses.
     """
-    say = progress or (lambda line: None)
     start = time.perf_counter()
+    check_model(model, sample, {})
+    arguments.flag("guard", guard)
+    say, seed, data_range = _check_common(backend, mode, seed, data_range, profile, progress)
     budgets = {"speedup": speedup, "quality": quality, "latency": latency, "cache_bytes": cache_bytes}
-    policy_kwargs, call_kwargs = _split(model, policy, plan, backend, mode, budgets, parameters)
+    policy_kwargs, call_kwargs = _split(model, policy, plan, budgets, parameters)
     target = make_target(model, sample, call_kwargs)
-    prompts = check_prompts(calib_prompts, text=not isinstance(model, nn.Module))
+    prompts = check_prompts(calib_prompts, is_pipeline(model), "calib_prompts")
+    check_effort(effort)
     budget = None if policy or plan else budget_of(**budgets, effort=effort, prompts=prompts)
+    if guard and budget is None and not (plan and plan.limits):
+        raise PolicyError(
+            "guard=True needs a plan that was searched (speedup=, quality=): a policy knows no usual error"
+        )
 
     if backend == "inductor" and all(weight.device.type == "cpu" for weight in target.module.parameters()):
         start_inductor()  # it finds out what the processor can do while the denoiser is recorded
@@ -117,10 +127,8 @@ def compile(
         assert budget is not None
         candidates = Candidates(subject, backend)
         plan = plan_within(candidates, budget, prompts, seed=seed, data_range=data_range, progress=say, profile=profile)
-    if guard and not plan.limits:
-        raise PolicyError(
-            "guard=True needs a plan that was searched (speedup=, quality=): a policy knows no usual error"
-        )
+    if guard and not plan.limits:  # a searched plan that has no two anchors
+        raise PolicyError("guard=True: the plan that was found has no anchor to judge a prompt by; leave guard out")
 
     # one variant per distinct row of the schedule, lowered and compared with eager on the recorded inputs
     watch = Guard(plan) if guard else None
@@ -194,11 +202,15 @@ def sites(
     Runs the loop up to its first denoiser call, for `prompts` (default: one empty prompt). A bare module needs
     `sample`, as in `compile`; a compiled one gives the sites it was compiled with.
     """
-    if isinstance(model, CompiledDenoiser) or isinstance(handler_of(denoiser_of(model)), CompiledDenoiser):
+    if isinstance(model, CompiledDenoiser):
+        model = model.module
+    check_model(model, sample, call_kwargs)
+    chosen = check_prompts([""] if prompts is None else prompts, is_pipeline(model))
+    if isinstance(handler_of(denoiser_of(model)), CompiledDenoiser):
         return compiled(model).subject.sites
     target = make_target(model, sample, call_kwargs)
     with recording(target, only_first=True) as recorder:
-        target.sample(check_prompts([""] if prompts is None else prompts, text=not isinstance(model, nn.Module))[:1])
+        target.sample(chosen[:1])
     first = recorder.first or recorder.result().first
     with torch.no_grad():
         target.module(**first.arguments())  # modules that fill a cache at their first run would fill it while exporting
@@ -227,25 +239,35 @@ def plan(
     A `profile` of `dcc.calibrate` adds to the candidates anchors that its similarities suggest. Raises ProfileError
     where it is another model's.
     """
+    say, seed, data_range = _check_common(backend, "default", seed, data_range, profile, progress)
     target = make_target(model, sample, call_kwargs)
-    checked = check_prompts(prompts, text=not isinstance(model, nn.Module))
+    checked = check_prompts(prompts, is_pipeline(model))
     budget = budget_of(speedup, quality, latency, cache_bytes, effort, checked)
-    say = progress or (lambda line: None)
     candidates = Candidates(Subject.of(target, checked, say), backend)
     return plan_within(candidates, budget, checked, seed=seed, data_range=data_range, progress=say, profile=profile)
+
+
+def _check_common(
+    backend: Any, mode: Any, seed: Any, data_range: Any, profile: Any, progress: Any
+) -> tuple[Callable[[str], None], int, float | None]:
+    """What to call with progress, the seed and the range, as they are used. Raises a DccError for bad ones."""
+    check_backend(backend, mode)
+    if profile is not None and not isinstance(profile, Profile):
+        raise ProfileError(
+            f"profile={arguments.shown(profile)} must be a dcc.Profile, e.g. of dcc.Profile.load(path) or dcc.calibrate"
+        )
+    spread = None if data_range is None else arguments.positive("data_range", data_range)
+    return arguments.progress_of(progress), arguments.seed_of(seed), spread
 
 
 def _split(
     model: Any,
     policy: str | None,
     plan: Plan | None,
-    backend: str,
-    mode: str,
     budgets: dict[str, float | None],
     parameters: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separates policy parameters from arguments of the pipeline's call; refuses what is neither."""
-    check_backend(backend, mode)
     if plan is not None and policy is not None:
         raise PolicyError("give policy= or plan=, not both")
     if plan is not None and not isinstance(plan, Plan):
@@ -263,8 +285,9 @@ def _split(
             "(speedup=, quality=) and leave it out"
         )
     if unknown:
+        all_known = [*own, *known, *(compile.__kwdefaults__ or ())]
         raise PolicyError(
-            f"unknown keyword {', '.join(map(repr, unknown))}: neither a parameter of "
+            f"unknown keyword {arguments.listed(unknown, all_known)}: neither a parameter of "
             f"{f'policy {policy!r}' if policy else 'a plan or a budget'} (it takes: {', '.join(own) or 'none'}) "
             "nor an argument of the pipeline's call"
         )

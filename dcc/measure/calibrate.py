@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dcc import arguments
 from dcc.discover.sites import Sites
 from dcc.discover.subject import Subject
 from dcc.errors import ProfileError
@@ -28,7 +29,7 @@ from dcc.passes.base import Port
 from dcc.passes.timings import timings
 from dcc.record.fingerprint import weights_hash
 from dcc.record.recorder import Recording
-from dcc.record.target import Samples, Target, call_parameters, check_prompts, installed, is_pipeline, make_target
+from dcc.record.target import Samples, Target, check_prompts, installed, is_pipeline, make_target
 
 MARK, VERSION = "dcc_calibration", 1  # mark and version of checkpoints
 SUMS = ("gram", "moved", "size")
@@ -62,11 +63,11 @@ def calibrate(
     Raises a subclass of DccError for anything it refuses; ProfileError for a checkpoint of other arguments and for
     loops that cannot be calibrated.
     """
-    say = progress or (lambda line: None)
-    if is_pipeline(model) and (unknown := sorted(set(pipeline_kwargs).difference(call_parameters(model)))):
-        raise ProfileError(f"unknown keyword {', '.join(map(repr, unknown))}: no argument of the pipeline's call")
+    say, seed = arguments.progress_of(progress), arguments.seed_of(seed)
+    if checkpoint is not None:
+        arguments.path("checkpoint", checkpoint, ProfileError)
     target = make_target(model, sample, pipeline_kwargs)
-    prompts = check_prompts(prompts, text=not isinstance(model, nn.Module))
+    prompts = check_prompts(prompts, is_pipeline(model))
 
     subject = Subject.of(target, prompts, say)
     return measure(subject, prompts, checkpoint=checkpoint, seed=seed, progress=say, settings=pipeline_kwargs)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dcc import arguments
 from dcc.decisions import Decision
 from dcc.errors import PlanError, PolicyError
 from dcc.plans.forms import Form, TokensForm, flat, split
@@ -135,6 +136,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, atomically: `path` holds the old file or the whole new one."""
+        arguments.path("path", path, PlanError)
         text = json.dumps(self.as_json(), indent=1)
         part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
         part.write_text(text)
@@ -143,6 +145,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Reads a plan that `save` wrote. Raises PlanError, naming the file and the field, for anything else."""
+        arguments.path("path", path, PlanError)
         try:
             data = json.loads(Path(path).read_text())
         except OSError as error:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from dcc import arguments
 from dcc.discover.subject import Subject
 from dcc.errors import BudgetError, ProfileError
 from dcc.measure.profile import Profile
@@ -114,14 +115,23 @@ def budget_of(
     named = [n for n, v in {"speedup": speedup, "quality": quality, "latency": latency}.items() if v is not None]
     if len(named) > 1:
         raise BudgetError(f"{' and '.join(named)} are two budgets; name one (cache_bytes combines with any)")
-    if effort not in EFFORTS:
-        raise BudgetError(f"unknown effort {effort!r}; there are: {', '.join(EFFORTS)}")
+    check_effort(effort)
     if latency is not None:
-        if isinstance(latency, bool) or not isinstance(latency, (int, float)) or not latency > 0:
-            raise BudgetError(f"latency={latency!r} must be a positive number of milliseconds")
+        latency = arguments.positive("latency", latency, BudgetError, unit="milliseconds")
+    if cache_bytes is not None:
+        cache_bytes = arguments.whole("cache_bytes", cache_bytes, 1, error=BudgetError)
+    if speedup is not None:
+        speedup = arguments.positive("speedup", speedup, BudgetError)
+    if quality is not None:
+        quality = arguments.positive("quality", quality, BudgetError, unit="dB")
     goal = Goal(speedup, quality if named else DEFAULT_QUALITY, cache_bytes) if latency is None else None
     split(prompts)
     return Budget(goal, latency, cache_bytes, effort)
+
+
+def check_effort(effort: Any) -> None:
+    """Raises BudgetError, listing what there is, for an unknown effort."""
+    arguments.chosen("effort", effort, EFFORTS, BudgetError)
 
 
 def plan_within(
