@@ -93,6 +93,17 @@ def path(name: str, value: Any, error: type[DccError] = ArgumentError) -> str:
     return given
 
 
+def new_file(name: str, value: Any, error: type[DccError] = ArgumentError) -> str:
+    """A path as a string. Raises `error` unless a file can be put there: not a folder, but in one that exists."""
+    given = path(name, value, error)
+    folder = os.path.dirname(os.path.abspath(given))
+    if not os.path.isdir(folder):
+        raise error(f"{name}={given!r}: there is no folder {folder}; create it or choose another path")
+    if os.path.isdir(given):
+        raise error(f"{name}={given!r} is a folder; name a file in it, e.g. {os.path.join(given, 'dcc')!r}")
+    return given
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """A question, "did you mean 'x'?" in brackets, for the known name most like `name`; empty where none is."""
     found = difflib.get_close_matches(name, known, 1)

@@ -65,7 +65,7 @@ def calibrate(
     """
     say, seed = arguments.progress_of(progress), arguments.seed_of(seed)
     if checkpoint is not None:
-        arguments.path("checkpoint", checkpoint, ProfileError)
+        arguments.new_file("checkpoint", checkpoint, ProfileError)
     target = make_target(model, sample, pipeline_kwargs)
     prompts = check_prompts(prompts, is_pipeline(model))
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dcc import files
+from dcc import arguments, files
 from dcc.errors import ProfileError
 from dcc.record.fingerprint import fingerprint, weights_hash
 from dcc.text import human_bytes, render
@@ -112,11 +112,15 @@ class Profile:
         ||forecast - value|| / ||value||, root mean square over prompts, if the anchors are true values. Infinite where
         the value is zero and the forecast is not. Raises ProfileError for steps or lengths that do not fit.
         """
+        for name, values in (("anchors", anchors), ("coefficients", coefficients)):
+            if not isinstance(values, Sequence):
+                raise ProfileError(f"{name}={arguments.shown(values)} must be a list, with an entry for each anchor")
         if len(anchors) != len(coefficients):
             raise ProfileError(f"{len(anchors)} anchors and {len(coefficients)} coefficients; give one for each")
-        bad = [s for s in (step, *anchors) if not 0 <= s < self.steps]
-        if bad:
-            raise ProfileError(f"step {bad[0]} is not among the profile's steps 0 to {self.steps - 1}")
+        for name, value in (("step", step), *(("a step of anchors", anchor) for anchor in anchors)):
+            arguments.whole(name, value, 0, self.steps - 1, ProfileError)
+        for coefficient in coefficients:
+            arguments.number("a number of coefficients", coefficient, ProfileError)
         gram = self.matrix(site, stream)
         weights = torch.zeros(self.steps, dtype=gram.dtype)
         weights[step] += 1.0
@@ -132,6 +136,8 @@ class Profile:
 
         `scheduler` is the object or its class name; `dtype` is the module's where not given.
         """
+        if not isinstance(module, nn.Module):
+            raise ProfileError(f"module={arguments.shown(module)} must be the denoiser, an nn.Module")
         dtype = dtype if dtype is not None else dtype_of(module)
         own = {
             "model": fingerprint(module),
@@ -148,6 +154,7 @@ class Profile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically: `path` holds the old file or the whole new one."""
+        arguments.new_file("path", path, ProfileError)
         header = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in TENSORS}
         header["costs"] = [dataclasses.asdict(cost) for cost in self.costs]
         upper = torch.triu_indices(self.steps, self.steps)
@@ -161,6 +168,7 @@ class Profile:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Reads a profile that `save` wrote. Raises ProfileError, naming the file and the field, for anything else."""
+        arguments.path("path", path, ProfileError)
         header, tensors = read_file(path, "dcc_profile", VERSION)
         try:
             parts: dict[str, Any] = {**_fields(header), **_unpacked(header, tensors)}
@@ -170,6 +178,7 @@ class Profile:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Writes a picture (format by suffix, e.g. .png) of similarity, change and sensitivity over the steps."""
+        arguments.new_file("path", path, ProfileError)
         from dcc.measure.profile_plot import Curves, plot  # matplotlib takes a second to import; only pictures need it
 
         title = f"{self.prompts} prompts, {self.scheduler}, {self.steps} steps, {self.dtype}"

@@ -136,7 +136,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, atomically: `path` holds the old file or the whole new one."""
-        arguments.path("path", path, PlanError)
+        arguments.new_file("path", path, PlanError)
         text = json.dumps(self.as_json(), indent=1)
         part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
         part.write_text(text)
