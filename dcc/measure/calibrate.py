@@ -23,6 +23,7 @@ from dcc import arguments
 from dcc.discover.sites import Sites
 from dcc.discover.subject import Subject
 from dcc.errors import ProfileError
+from dcc.measure.finite import finite, not_finite
 from dcc.measure.instrument import Instrument, Run
 from dcc.measure.profile import Profile, SiteCost, dtype_of, read_file, write_file
 from dcc.passes.base import Port
@@ -102,10 +103,17 @@ def measure(
             base = Run(keep_outputs=bool(own))
             samples = _generate(target, instrument, base, prompts[index], seed + index)
             state.add(base)
+            if not finite(samples.images):
+                raise ProfileError(not_finite(subject, prompts[index], seed + index, f"prompt {index + 1}"))
             for step in own:
                 say(f"disturbing step {step + 1} of {len(run.levels)}")
                 disturbed = Run(disturbed=step, seed=seed + index, outputs=base.outputs)
                 moved = _generate(target, instrument, disturbed, prompts[index], seed + index).raw - samples.raw
+                if not finite(moved):
+                    raise ProfileError(
+                        f"prompt {index + 1}: with a little noise in what the denoiser returns at step {step + 1} of "
+                        f"{len(run.levels)} the final sample is NaN or infinite; leave it out, or check the dtype"
+                    )
                 state.probes.append((step, _ratio(moved, disturbed)))
             state.done = index + 1
             if checkpoint is not None:
@@ -141,14 +149,14 @@ class Accumulated:
             self.moved, self.size = torch.zeros(2, *shape, dtype=torch.float64)
         if list(run.taken) != self.streams:
             raise ProfileError(f"{prompt} has streams {list(run.taken)}, the first had {self.streams}")
-        for k, (label, taken) in enumerate(run.taken.items()):
+        for k, taken in enumerate(run.taken.values()):
             known: dict[tuple[Port, ...], tuple[Tensor, ...]] = {}  # several names may mean one value
             for n, site in enumerate(taken.sites):
                 if site.ports not in known:
-                    gram = gram_matrix(taken.rows(taken.sketches, site))
-                    if not bool(gram.isfinite().all()):
-                        raise ProfileError(f"{prompt}: site {site.name!r} of stream {label!r} is NaN or infinite")
-                    known[site.ports] = (gram, *neighbours(taken.rows(taken.coordinates, site)))
+                    sketches, coordinates = (taken.rows(part, site) for part in (taken.sketches, taken.coordinates))
+                    known[site.ports] = (gram_matrix(sketches), *neighbours(coordinates))
+                    if not finite(*known[site.ports]):
+                        raise ProfileError(f"{prompt}: {_first_broken(run, steps)}; leave it out, or check the dtype")
                 for total, value in zip((self.gram, self.moved, self.size), known[site.ports], strict=True):
                     total[k, n] += value
 
@@ -198,6 +206,18 @@ class Accumulated:
             self.gram, self.moved, self.size = (tensors[name] for name in SUMS)
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"{path}: this checkpoint is malformed at {error}; delete the file") from error
+
+
+def _first_broken(run: Run, steps: int) -> str:
+    """Names the site and stream that are NaN or infinite at the earliest step of a run."""
+    found = []
+    for label, taken in run.taken.items():
+        for site in taken.sites:
+            rows = torch.cat([taken.rows(part, site).flatten(1) for part in (taken.sketches, taken.coordinates)], 1)
+            broken = (~rows.isfinite()).any(dim=1).nonzero().flatten().tolist()
+            found += [(broken[0], site.name, label)] if broken else []
+    step, site, label = min(found, default=(0, "output", "main"), key=lambda each: each[0])
+    return f"site {site!r} of stream {label!r} is NaN or infinite from step {step + 1} of {steps} on"
 
 
 def gram_matrix(rows: Tensor) -> Tensor:

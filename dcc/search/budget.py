@@ -152,7 +152,7 @@ def plan_within(
             raise ProfileError(f"the profile has {profile.steps} steps, this run {subject.steps}; calibrate this run")
     goal = budget.goal or Goal(_speedup_for(candidates, budget, prompts[0], seed, progress), None, budget.cache_bytes)
     loops = [
-        _loop(candidates, [prompts[i] for i in chosen], [seed + i for i in chosen], data_range, traced, progress)
+        _loop(candidates, prompts, chosen, seed, data_range, traced, progress)
         for chosen, traced in ((fitting, True), (held_back, False))
     ]
     names = [name for name in SITES if name in subject.sites]
@@ -174,22 +174,25 @@ def plan_within(
 
 def _loop(
     candidates: Candidates,
-    prompts: list[Any],
-    seeds: list[int],
+    prompts: Sequence[Any],
+    chosen: Sequence[int],
+    seed: int,
     data_range: float | None,
     traced: bool,
     progress: Callable[[str], None],
 ) -> ClosedLoop:
+    """The uncached runs of the chosen prompts, which are named by their place among all."""
     subject = candidates.subject
     batch_size = BATCH if subject.sites.flops < SMALL and subject.target.batches else 1
     return prepare(
         subject,
         candidates.net,
-        prompts,
-        seeds,
+        [prompts[i] for i in chosen],
+        [seed + i for i in chosen],
         batch_size=batch_size,
         data_range=data_range,
         traced=traced,
+        names=[f"prompt {i + 1}" for i in chosen],
         progress=progress,
     )
 

@@ -20,7 +20,7 @@ import torch
 from dcc.errors import BudgetError, PromptError
 from dcc.plans.plan import Plan
 from dcc.plans.predictors import Predictor
-from dcc.quality import ssim
+from dcc.quality import frames, ssim
 from dcc.search.closed_loop import Candidate, ClosedLoop, Outcome
 from dcc.search.fit import FitOptions
 from dcc.serve.guard import limits
@@ -276,6 +276,12 @@ def _finish(problem: Problem, search: Search, candidate: Candidate, outcome: Out
     """The plan, with the quality on the prompts that were held back."""
     loop = problem.held_back
     checked, samples = loop.check(candidate, outcome.coefficients)
+    for judge, found in ((problem.fitting, outcome), (loop, checked)):
+        if found.failed is not None:
+            raise BudgetError(
+                f"with this budget the best plan found ({candidate.full} of {problem.steps} steps computed) gives "
+                f"values that are not finite on {judge.names[found.failed]}; allow more full steps, or leave it out"
+            )
     reference = torch.cat([batch.reference.images for batch in loop.batches])
     measured: dict[str, Any] = {
         "prompts": len(checked.psnr),
@@ -285,7 +291,7 @@ def _finish(problem: Problem, search: Search, candidate: Candidate, outcome: Out
         "candidates": len(problem.fitting.known),
         "forecast": str(candidate),
     }
-    if reference.dim() == 4 and min(reference.shape[-2:]) >= 11:  # the window of SSIM
+    if frames(reference) is not None:
         similar = ssim(samples.images, reference, loop.data_range)
         measured |= {"ssim_mean": sum(similar) / len(similar), "ssim_worst": min(similar)}
     plan = problem.plan(candidate, outcome.coefficients)
