@@ -202,11 +202,9 @@ def sites(
     Runs the loop up to its first denoiser call, for `prompts` (default: one empty prompt). A bare module needs
     `sample`, as in `compile`; a compiled one gives the sites it was compiled with.
     """
-    if isinstance(model, CompiledDenoiser):
-        model = model.module
-    check_model(model, sample, call_kwargs)
+    check_model(model.module if isinstance(model, CompiledDenoiser) else model, sample, call_kwargs)
     chosen = check_prompts([""] if prompts is None else prompts, is_pipeline(model))
-    if isinstance(handler_of(denoiser_of(model)), CompiledDenoiser):
+    if isinstance(model, CompiledDenoiser) or isinstance(handler_of(denoiser_of(model)), CompiledDenoiser):
         return compiled(model).subject.sites
     target = make_target(model, sample, call_kwargs)
     with recording(target, only_first=True) as recorder:
