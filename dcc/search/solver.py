@@ -24,6 +24,7 @@ from dcc.quality import frames, ssim
 from dcc.search.closed_loop import Candidate, ClosedLoop, Outcome
 from dcc.search.fit import FitOptions
 from dcc.serve.guard import limits
+from dcc.text import count
 
 EFFORTS = {"fast": 40, "normal": 120, "thorough": 400}  # about how many cached runs of all fitting prompts
 LEAST_PROMPTS = 4  # two to fit, two to hold back
@@ -111,7 +112,8 @@ class Search:
         """The best candidate that computes at most 1/speedup of the FLOPs."""
         if all(self.full_steps(site, speedup) < 1 for site, _ in self.families):
             most = max(self.problem.steps * self._ratio(site) for site, _ in self.families)
-            raise BudgetError(f"speedup={speedup:g} is out of reach in {self.problem.steps} steps; at most {most:.1f}")
+            steps = count(self.problem.steps, "step")
+            raise BudgetError(f"speedup={speedup:g} is out of reach in {steps}; at most {most:.1f}")
         counts = {site: self.full_steps(site, speedup) for site, _ in self.families}
         return self.best(counts, self.budget)
 
