@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from dcc.errors import ArgumentError, DccError
 
@@ -102,6 +103,22 @@ def new_file(name: str, value: Any, error: type[DccError] = ArgumentError) -> st
     if os.path.isdir(given):
         raise error(f"{name}={given!r} is a folder; name a file in it, e.g. {os.path.join(given, 'dcc')!r}")
     return given
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; an int is a float too, a boolean is neither, and NaN is no number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in inner)
+    if hint in (int, float):
+        wanted = Integral if hint is int else Real
+        return isinstance(value, wanted) and not isinstance(value, bool) and value == value
+    if origin is Mapping or origin is dict:
+        return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if origin in (Sequence, list, tuple):
+        listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        return listed and all(fits(each, inner[0]) for each in value)
+    return hint is Any or (value is None if hint in (None, NoneType) else isinstance(value, origin or hint))
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dcc import arguments, files
 from dcc.errors import ProfileError
 from dcc.record.fingerprint import fingerprint, weights_hash
-from dcc.text import human_bytes, render
+from dcc.text import count, human_bytes, render
 
 VERSION = 1
 TENSORS = ("gram", "neighbours", "sensitivity")
@@ -181,7 +181,7 @@ class Profile:
         arguments.new_file("path", path, ProfileError)
         from dcc.measure.profile_plot import Curves, plot  # matplotlib takes a second to import; only pictures need it
 
-        title = f"{self.prompts} prompts, {self.scheduler}, {self.steps} steps, {self.dtype}"
+        title = f"{count(self.prompts, 'prompt')}, {self.scheduler}, {count(self.steps, 'step')}, {self.dtype}"
         changes = {name: self.change(name).numpy() for name in self.sites}
         similarity = self.similarity(self.default).numpy()
         plot(Curves(title, self.default, similarity, changes, self.sensitivity.numpy(), list(self.probed)), path)
@@ -190,10 +190,10 @@ class Profile:
         return render(self)
 
     def __rich__(self) -> Table:
-        probed = f"{len(self.probed)} of {self.steps} steps probed"
+        probed = f"{len(self.probed)} of {count(self.steps, 'step')} probed"
         table = Table(
-            title=f"profile: {self.prompts} prompts, {self.scheduler}, {self.steps} steps, {self.dtype}, "
-            f"{self.flops / 1e9:.3f} GFLOP per call",
+            title=f"profile: {count(self.prompts, 'prompt')}, {self.scheduler}, {count(self.steps, 'step')}, "
+            f"{self.dtype}, {self.flops / 1e9:.3f} GFLOP per call",
             caption=f"streams: {', '.join(self.streams)}; sensitivity: {probed}; change and cosine: mean over steps",
             title_justify="left",
             caption_justify="left",
