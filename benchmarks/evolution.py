@@ -62,8 +62,7 @@ def main() -> None:
         axes.legend(fontsize=8, loc="upper right")
     panels[0].set_ylabel("PSNR to the uncached image, dB")
     path = measure.RESULTS / "survey.png"
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    print(path)
+    measure.draw(path, figure, dpi=110)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dcc.files import write_file
 from dcc.text import error_line
 
 RESULTS = Path(__file__).parent / "results"
@@ -106,8 +107,13 @@ def write(name: str, data: dict[str, Any]) -> Path:
     """Writes benchmarks/results/<name>.json with the machine's facts, atomically."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    with tempfile.NamedTemporaryFile("w", dir=RESULTS, suffix=".part", delete=False) as file:
-        json.dump({"machine": machine(), **data}, file, indent=1)
-        file.write("\n")
-    os.replace(file.name, path)
+    write_file(path, json.dumps({"machine": machine(), **data}, indent=1) + "\n")
     return path
+
+
+def draw(path: Path, figure: Any, dpi: int) -> None:
+    """Writes a matplotlib figure as a PNG without a margin, atomically, and prints where it is."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=dpi, bbox_inches="tight")
+    write_file(path, data.getvalue())
+    print(path)

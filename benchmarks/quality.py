@@ -383,8 +383,7 @@ def plot(name: str, suite: str, path: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     axes.set_title(name)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    print(path)
+    measure.draw(path, figure, dpi=120)
 
 
 def main(

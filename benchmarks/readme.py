@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcc.files import write_file
 from dcc.policies import POLICIES
 
 HERE = Path(__file__).parent
@@ -360,7 +361,7 @@ def main() -> None:
         if made is not None:
             texts = {path: replace(text, name, made) for path, text in texts.items()}
     for path, text in texts.items():
-        path.write_text(text)
+        write_file(path, text)
 
 
 if __name__ == "__main__":

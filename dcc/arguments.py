@@ -106,7 +106,10 @@ def new_file(name: str, value: Any, error: type[DccError] = ArgumentError) -> st
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; an int is a float too, a boolean is neither, and NaN is no number."""
+    """Whether a value is of an annotated type; an int is a float too, and NaN is no number.
+
+    A boolean is no number, but a list of numbers may hold some, as masks do.
+    """
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(fits(value, each) for each in inner)
@@ -116,8 +119,11 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Mapping or origin is dict:
         return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
     if origin in (Sequence, list, tuple):
-        listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-        return listed and all(fits(each, inner[0]) for each in value)
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+            return False
+        if origin is tuple and Ellipsis not in inner and len(value) != len(inner):
+            return False
+        return all(fits(each, inner[0]) or (inner[0] is int and isinstance(each, bool)) for each in value)
     return hint is Any or (value is None if hint in (None, NoneType) else isinstance(value, origin or hint))
 
 

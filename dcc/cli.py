@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 import dcc
 from dcc.errors import DccError, DemoError, PipelineError, PolicyError, PromptError, SettingError
+from dcc.files import read_text
 from dcc.text import count, decibels
 
 # About three times fewer denoiser FLOPs on both demo pipelines.
@@ -262,10 +263,7 @@ def _plans(paths: list[Path]) -> dict[str, dcc.Plan]:
 
 def _lines(file: Path) -> list[str]:
     """The lines of a text file that are not empty. Raises PromptError where there is no such file."""
-    try:
-        return [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise PromptError(f"--prompts {file}: cannot be read: {error.strerror}") from error
+    return [line.strip() for line in read_text(file, PromptError).splitlines() if line.strip()]
 
 
 def _demo(

@@ -12,15 +12,18 @@ from torch import nn
 
 from dcc import arguments
 from dcc.capture.export import capture
+from dcc.capture.preserve import preserved
 from dcc.discover.sites import Sites, find_sites
 from dcc.discover.subject import Subject
-from dcc.errors import PipelineError, PlanError, PolicyError, ProfileError
+from dcc.errors import CaptureError, PipelineError, PlanError, PolicyError, ProfileError
 from dcc.lower.program import Backend, Mode, check_backend, start_inductor
 from dcc.measure.profile import Profile
 from dcc.plans import mapping
 from dcc.plans.plan import Plan
 from dcc.policies import POLICIES, make_policy, parameter_names
 from dcc.policies.setting import plan_for, setting_of
+from dcc.record.call import Call
+from dcc.record.recorder import Recorder
 from dcc.record.seam import disabled as plain
 from dcc.record.seam import handler_of
 from dcc.record.target import (
@@ -131,7 +134,8 @@ def compile(
     watch = Guard(plan) if guard else None
     net = CompiledDenoiser(subject, plan, backend=backend, mode=mode, guard=watch)
     net.compile_seconds = captured_after
-    net.warm(subject.run.first, say)
+    with preserved(target.module):
+        net.warm(subject.run.first, say)
     return target.install(net)
 
 
@@ -204,12 +208,16 @@ def sites(
     if isinstance(model, CompiledDenoiser) or isinstance(handler_of(denoiser_of(model)), CompiledDenoiser):
         return compiled(model).subject.sites
     target = make_target(model, sample, call_kwargs)
-    with recording(target, only_first=True) as recorder:
+    found: list[Sites] = []
+
+    def at_first(call: Call) -> None:
+        found.append(find_sites(capture(target.module, call), call))
+
+    with preserved(target.module), recording(target, Recorder(target.module, at_first)):
         target.sample(chosen[:1])
-    first = recorder.first or recorder.result().first
-    with torch.no_grad():
-        target.module(**first.arguments())  # modules that fill a cache at their first run would fill it while exporting
-    return find_sites(capture(target.module, first), first)
+    if not found:
+        raise CaptureError(f"the run never called the denoiser ({type(target.module).__name__})")
+    return found[0]
 
 
 def plan(

@@ -6,26 +6,34 @@ when a new version of torch or diffusers changes it.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload  # the class of an operator in a graph; there is no public name for it
 from torch._subclasses import FakeTensorMode  # shapes of every value of a graph, computed without memory
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.tools_common import legalize_graph  # sorts a graph so that no node is used before it is made
 from torch.utils import _pytree as pytree  # torch.export flattens a call with it, so dcc has to
+from torch.utils._sympy import functions as size_functions  # what the sizes of torch's graphs are made of
 
 __all__ = [
     "ASSERTIONS",
     "COMPILED_CALL",
     "CPU_ATTENTION",
+    "SIZE_EXPRESSIONS",
     "FakeTensorMode",
     "OpOverload",
+    "SizeEnvironment",
+    "attention_backend",
     "compile_with_inductor",
     "expression",
     "fake_mode_with_sizes",
@@ -38,19 +46,21 @@ __all__ = [
     "legalize_graph",
     "load_inductor",
     "module_stack",
+    "number_at_capture",
     "plain_call",
     "probe_cpu",
     "progress_bar_settings",
     "pytree",
     "schema",
     "set_module_stack",
-    "sizes_from_hints",
     "slots",
-    "spell",
     "storage_id",
     "symbols_of",
     "to_copy",
+    "tree_from_json",
+    "tree_to_json",
     "version",
+    "without_guards",
 ]
 
 ASSERTIONS = frozenset(  # what torch.export leaves in a graph to check a value, a dtype or a size
@@ -64,6 +74,17 @@ ASSERTIONS = frozenset(  # what torch.export leaves in a graph to check a value,
 )
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's FLOP counter knows the GPU's only
 COMPILED_CALL = "_compiled_call_impl"  # what nn.Module calls in place of itself; nn.Module.compile sets it
+SIZE_EXPRESSIONS: dict[str, Any] = {  # what the sizes of a graph are made of, by the name of its class
+    function.__name__: function
+    for function in (
+        *(sympy.Add, sympy.Mul, sympy.Pow, sympy.Eq, sympy.Ne, sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge),
+        *(sympy.And, sympy.Or, sympy.Not, size_functions.Max, size_functions.Min),
+        *(size_functions.PowByNatural, size_functions.FloatPow, size_functions.FloorDiv, size_functions.CleanDiv),
+        *(size_functions.CeilDiv, size_functions.IntTrueDiv, size_functions.FloatTrueDiv, size_functions.Mod),
+        *(size_functions.PythonMod, size_functions.ModularIndexing, size_functions.ToFloat),
+        *(size_functions.CeilToInt, size_functions.FloorToInt, size_functions.TruncToInt, size_functions.RoundToInt),
+    )
+}
 to_copy = torch.ops.aten._to_copy.default  # a cast that never aliases; one of the core ATen operators of torch.export
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph  # the one call of a shared body that Inductor compiles once
 
@@ -93,24 +114,51 @@ def fake_mode_with_sizes() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv())
 
 
-def sizes_from_hints(hints: Mapping[str, int]) -> tuple[FakeTensorMode, dict[str, torch.SymInt]]:
-    """Symbolic sizes, by name, of these values, and a mode whose fake tensors may have them.
+class SizeEnvironment:
+    """Symbolic sizes of given values without a trace, which a graph that is read from a file needs.
 
-    torch makes symbols only while it traces; a graph that is read from a file needs them without a trace.
+    torch makes symbols only while it traces. `fake_mode` makes tensors that may have these sizes.
     """
-    from torch._dynamo.source import ConstantSource  # a second that whoever reads no graph need not wait
 
-    environment, sizes = ShapeEnv(), {}
-    for name, value in hints.items():
-        source = ConstantSource(f"dcc_{name}")
-        symbol = environment.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC)
-        sizes[name] = environment.create_symintnode(symbol, hint=value, source=source)
-    return FakeTensorMode(shape_env=environment), sizes
+    def __init__(self, hints: Mapping[str, int]) -> None:
+        from torch._dynamo.source import ConstantSource  # a second that whoever reads no graph need not wait
+
+        self._shapes, self.symbols = ShapeEnv(), {}
+        for name, value in hints.items():
+            source = ConstantSource(f"dcc_{name}")
+            self.symbols[name] = self._shapes.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC)
+        self.fake_mode = FakeTensorMode(shape_env=self._shapes)
+
+    def atom(self, value: str | bool | int | float) -> Any:
+        """A symbol by its name, or a number, as a part of an expression."""
+        return self.symbols[value] if isinstance(value, str) else sympy.sympify(value)
+
+    def size(self, kind: str, formula: Any, value: Any) -> Any:
+        """The size of an expression, an "int", a "float" or a "bool", which has this value at capture."""
+        if formula.is_number or (formula.is_Boolean and not formula.args):
+            return {"int": int, "float": float, "bool": bool}[kind](formula)
+        node = SymNode(formula, self._shapes, {"int": int, "float": float, "bool": bool}[kind], value)
+        return {"int": torch.SymInt, "float": torch.SymFloat, "bool": torch.SymBool}[kind](node)
+
+
+def without_guards() -> AbstractContextManager[None]:
+    """While it lasts, operators on fake tensors leave symbolic sizes as they are, also where they compare them.
+
+    A graph that is rewritten shares its symbols with the captured one, which serves other calls too.
+    """
+    return ShapeEnv().suppress_guards()
 
 
 def hint(size: Any) -> int:
     """The value that a size had at capture; reading it adds no guard, which `int(size)` would."""
     return size if isinstance(size, int) else int(size.node.hint)
+
+
+def number_at_capture(size: Any) -> int | float | bool | None:
+    """The value that a number had at capture; None for what is none, or was known only as the graph ran."""
+    if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return size.node.hint
+    return size if isinstance(size, int | float) else None
 
 
 def fixed_size(size: int | torch.SymInt) -> int | None:
@@ -129,11 +177,53 @@ def symbols_of(size: int | torch.SymInt) -> set[str]:
     return set() if isinstance(size, int) else {str(symbol) for symbol in expression(size).free_symbols}
 
 
-def spell(expression: Any) -> str:
-    """A sympy expression of torch's own functions as Python arithmetic; sympy's printer does not know those."""
-    from torch.utils._sympy.printers import PythonPrinter
+def tree_to_json(spec: pytree.TreeSpec) -> Any:
+    """A structure of outputs as JSON: the index of each output, in tuples, lists, dicts and registered classes.
 
-    return PythonPrinter().doprint(expression)
+    torch's own `treespec_dumps` writes more than that, and `treespec_loads` imports what a file names. Raises
+    TypeError for a structure of other parts.
+    """
+    return _described(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
+
+
+def tree_from_json(data: Any, leaves: int) -> pytree.TreeSpec:
+    """The structure of `tree_to_json`. Raises TypeError unless it holds each of `leaves` outputs once, in order."""
+    found, spec = pytree.tree_flatten(_built(data))
+    if found != list(range(leaves)):
+        raise TypeError(f"the structure of outputs holds {found!r:.80}, not 0 to {leaves - 1}")
+    return spec
+
+
+def _described(value: Any) -> Any:
+    if type(value) is int:
+        return value
+    if type(value) in (tuple, list):
+        return {type(value).__name__: [_described(item) for item in value]}
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {"dict": {key: _described(item) for key, item in value.items()}}
+    known = pytree.SUPPORTED_SERIALIZED_TYPES.get(type(value))
+    if known is not None and pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(known.serialized_type_name) is type(value):
+        children, names = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
+        if isinstance(names, list) and all(type(name) is str for name in names):
+            return {"class": [known.serialized_type_name, dict(zip(names, map(_described, children), strict=True))]}
+    raise TypeError(f"outputs in a {type(value).__name__} have no spelling in a file")
+
+
+def _built(data: Any) -> Any:
+    if type(data) is int:
+        return data
+    ((kind, content),) = data.items() if isinstance(data, dict) and len(data) == 1 else ((None, None),)
+    if kind in ("tuple", "list") and isinstance(content, list):
+        items = [_built(item) for item in content]
+        return tuple(items) if kind == "tuple" else items
+    if kind == "dict" and isinstance(content, dict):
+        return {key: _built(item) for key, item in content.items()}
+    if kind == "class" and isinstance(content, list) and len(content) == 2 and isinstance(content[1], dict):
+        name, parts = content
+        known = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name) if isinstance(name, str) else None
+        if isinstance(known, type) and issubclass(known, dict):  # the output classes of diffusers and transformers
+            return pytree.SUPPORTED_NODES[known].unflatten_fn(map(_built, parts.values()), list(parts))
+    raise TypeError(f"{data!r:.80} is no structure of outputs")
 
 
 def storage_id(tensor: Tensor) -> int:
@@ -203,3 +293,10 @@ def hook_names(module: nn.Module) -> list[str] | None:
 def progress_bar_settings(pipe: Any) -> dict[str, Any]:
     """The pipeline's progress bar settings, which it can be told but not asked."""
     return dict(getattr(pipe, "_progress_bar_config", {}))
+
+
+def attention_backend() -> Any:
+    """The attention backend that diffusers uses where no processor names one; None where diffusers has none."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
+    return getattr(registry, "_active_backend", None)

@@ -38,14 +38,19 @@ def paths(node: Node) -> list[str]:
     return [path.split("@")[0] for path, _ in module_stack(node).values() if path]
 
 
-def numbered_blocks(graph_module: GraphModule) -> dict[str, Block]:
-    """Every numbered module at any depth, by path, in execution order."""
-    members: dict[str, set[str]] = {}
+def members(graph_module: GraphModule) -> dict[str, set[str]]:
+    """Names of the nodes inside every module, by path, in execution order."""
+    found: dict[str, set[str]] = {}
     for node in graph_module.graph.nodes:
         for path in paths(node):
-            if NUMBERED.search(path):
-                members.setdefault(path, set()).add(node.name)
-    return {path: Block(path, frozenset(names)) for path, names in members.items()}
+            found.setdefault(path, set()).add(node.name)
+    return found
+
+
+def numbered_blocks(graph_module: GraphModule) -> dict[str, Block]:
+    """Every numbered module at any depth, by path, in execution order."""
+    inside = members(graph_module).items()
+    return {path: Block(path, frozenset(names)) for path, names in inside if NUMBERED.search(path)}
 
 
 def outermost_blocks(graph_module: GraphModule, costs: Mapping[str, Cost]) -> list[Block]:

@@ -21,7 +21,8 @@ from torch.fx import GraphModule, Node
 from dcc.passes.base import GUIDANCE, SITES, Order, Pass, Port, Site
 from dcc.passes.costs import Cost
 from dcc.passes.dataflow import OUTPUT, Dataflow
-from dcc.passes.graph import nodes_by_name, same_shape
+from dcc.passes.graph import nodes_by_name
+from dcc.passes.same_sizes import same_shape
 
 
 class Facts(Protocol):

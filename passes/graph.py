@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from dcc.errors import PassError
-from dcc.torch_internals import hint, lazy_graph_module, symbols_of
+from dcc.torch_internals import OpOverload, hint, lazy_graph_module, schema
 
 KEEPS = "dcc_keeps"  # meta of a node that reads a computed value in order to keep it: the name of that value
 REPLACED = "dcc_forecast"  # meta of a node whose value is forecast: the node that stands for it
@@ -44,16 +45,15 @@ def carries_tensors(node: Node) -> bool:
     return isinstance(val, torch.Tensor) or (isinstance(val, list | tuple) and any(map(torch.is_tensor, val)))
 
 
-def same_shape(a: Node, b: Node) -> bool:
-    """Whether two tensor nodes have the same sizes at capture, and the same dtype.
-
-    Sizes, not symbols: one size may be written as two different expressions. Adds no shape guard.
-    """
-    return sizes(a) == sizes(b) and a.meta["val"].dtype == b.meta["val"].dtype
+def op_name(node: Node) -> str:
+    """Name of the ATen operator without its overload; "getitem" for an item of a list; else ""."""
+    if node.op == "call_function" and isinstance(node.target, OpOverload):
+        return schema(node.target).name.split("::")[-1]
+    return "getitem" if node.target is operator.getitem else ""
 
 
 def sizes(node: Node) -> tuple[int, ...]:
-    """Sizes of a tensor node at capture."""
+    """Sizes of a tensor node at capture, for estimates; same_sizes.py compares sizes."""
     return tuple(hint(size) for size in shape(node))
 
 
@@ -65,13 +65,6 @@ def shape(node: Node) -> tuple[Any, ...]:
 def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Sizes, strides, dtype and device: all that an operator may ask about a tensor except its values."""
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
-
-
-def carries_batch(graph_module: GraphModule, node: Node) -> bool:
-    """Whether a value has the samples of the batch as its first dimension, as the graph's first output has."""
-    output = returned(graph_module)[0]
-    batch, first = str(shape(output)[0]), shape(node)[:1]
-    return bool(first) and batch in symbols_of(first[0]) and sizes(node)[0] == sizes(output)[0]
 
 
 def output_node(graph_module: GraphModule) -> Node:
@@ -87,6 +80,12 @@ def returned(graph_module: GraphModule) -> tuple[Node, ...]:
 def arguments(node: Node) -> tuple[Any, ...]:
     """The positional arguments of a call; which of them are nodes depends on the operator."""
     return cast("tuple[Any, ...]", node.args)
+
+
+def along(node: Node, position: int, rank: int) -> int:
+    """The dimension along which an operator works, its argument number `position` or `dim`, counted from the first."""
+    given: Any = node.args[position] if position < len(node.args) else node.kwargs.get("dim", 0)
+    return given % rank
 
 
 def insert_call(graph_module: GraphModule, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:

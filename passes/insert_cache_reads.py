@@ -26,7 +26,6 @@ from dcc.passes.forms import coefficient_input, insert_read
 from dcc.passes.graph import (
     KEEPS,
     REPLACED,
-    carries_batch,
     in_graph_order,
     insert_call,
     node_of,
@@ -34,6 +33,7 @@ from dcc.passes.graph import (
     returned,
     shape,
 )
+from dcc.passes.same_sizes import carries_batch
 from dcc.passes.values import Anchor, declare
 
 aten = torch.ops.aten

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from dcc.passes.costs import Cost
 from dcc.passes.dataflow import Dataflow
-from dcc.passes.residual_stream import op_name
+from dcc.passes.graph import op_name
 
 
 def levels(graph_module: GraphModule, costs: Mapping[str, Cost]) -> list[set[str]]:

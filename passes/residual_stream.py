@@ -3,35 +3,23 @@
     x1 = x0 + gate * attention(norm(x0));  x2 = x1 + gate * mlp(norm(x1))
 
 x2 rides on x0; its branches are attention(...) and mlp(...), taken before their gates. They are found by walking back
-from a value through additions and shape changes only.
+from a value through additions and shape changes only (stream_walk.py).
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Node
 
-from dcc.passes.graph import arguments, carries_tensors, is_tensor, same_shape, shape, sizes
-from dcc.torch_internals import OpOverload, schema
+from dcc.passes.graph import arguments, carries_tensors, is_tensor, op_name, shape
+from dcc.passes.same_sizes import same_shape, same_size, same_sizes
+from dcc.passes.side_products import PRODUCTS
+from dcc.passes.stream_walk import SHAPE_CHANGES, SUMS, tensors, walk
 
-aten = torch.ops.aten
-
-SHAPE_CHANGES = frozenset(
-    {
-        "view", "_unsafe_view", "reshape", "permute", "transpose", "slice", "split", "split_with_sizes", "chunk",
-        "unbind", "cat", "unsqueeze", "squeeze", "clone", "contiguous", "expand", "flatten", "unflatten", "alias",
-        "_to_copy", "to", "dropout", "select", "detach", "type_as", "t",
-    }
-)  # fmt: skip
-SCALAR_SCALES = frozenset({"mul", "div"})
-SUMS = frozenset({"add", "sub"})
 ATTENTION = ("scaled_dot_product", "softmax")
 ACTIVATIONS = ("gelu", "silu", "relu", "sigmoid", "tanh")
-PRODUCTS = ("linear", "addmm", "mm", "matmul", "bmm", "convolution", "conv1d", "conv2d", "conv3d")
 
 
 @dataclass(frozen=True)
@@ -43,33 +31,26 @@ class Branch:
     kind: str
 
 
-def op_name(node: Node) -> str:
-    """Name of the ATen operator without its overload; "getitem" for an item of a list; else ""."""
-    if node.op == "call_function" and isinstance(node.target, OpOverload):
-        return schema(node.target).name.split("::")[-1]
-    return "getitem" if node.target is operator.getitem else ""
-
-
 def stream_sources(node: Node, stop: set[str]) -> set[str]:
     """Names in `stop` that `node` is a sum of, through additions and shape changes only."""
-    return {found.name for found in _walk(node, stop) if found.name in stop}
+    return {found.name for found in walk(node, stop) if found.name in stop}
 
 
 def base_of(node: Node, entering: Iterable[Node]) -> Node | None:
-    """The entering value of the same shape that `node` rides on, None where it rides on none."""
+    """The entering value of the same shape that `node` rides on, None where it rides on none or on several."""
     candidates = {candidate.name: candidate for candidate in entering}
     sources = stream_sources(node, set(candidates))
     fitting = [value for name, value in candidates.items() if name in sources and same_shape(value, node)]
-    return fitting[-1] if fitting else None
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def branches(node: Node, stop: set[str], inside: frozenset[str]) -> list[Branch]:
     """Branches added between the values in `stop` and `node`, in execution order; `inside` bounds what a branch is."""
     found = []
-    for addition in _walk(node, stop):
-        if op_name(addition) not in SUMS or len(_tensors(addition)) != 2 or addition.name not in inside:
+    for addition in walk(node, stop):
+        if op_name(addition) not in SUMS or len(tensors(addition)) != 2 or addition.name not in inside:
             continue
-        left, right = _tensors(addition)
+        left, right = tensors(addition)
         on_stream = [bool(stream_sources(side, stop)) for side in (left, right)]
         if on_stream[0] == on_stream[1]:
             continue
@@ -89,42 +70,25 @@ def attention_output(value: Node, inside: frozenset[str]) -> Node | None:
         todo.extend(found)
     node, best = todo[-1] if todo else None, None
     while node is not None and op_name(node) != "cat":
-        if is_tensor(node) and len(shape(node)) == 3 and sizes(node)[:2] == sizes(value)[:2]:
+        if is_tensor(node) and len(shape(node)) == 3 and _same_tokens(node, value):
             best = node
         users = [user for user in node.users if carries_tensors(user)]
         node = users[0] if len(users) == 1 and op_name(users[0]) in SHAPE_CHANGES else None
     return best
 
 
-def _walk(node: Node, stop: set[str]) -> list[Node]:
-    """Nodes reached from `node` backwards along the stream, `stop` nodes included but not passed."""
-    seen: dict[str, Node] = {}
-    todo = [node]
-    while todo:
-        current = todo.pop()
-        if current.name in seen:
-            continue
-        seen[current.name] = current
-        if current.name in stop:
-            continue
-        name = op_name(current)
-        tensors = _tensors(current)
-        if name in SUMS or name in SHAPE_CHANGES or name == "getitem" or (name in SCALAR_SCALES and len(tensors) == 1):
-            todo.extend(tensors)
-    return list(seen.values())
-
-
-def _tensors(node: Node) -> list[Node]:
-    return [arg for arg in node.all_input_nodes if is_tensor(arg) or isinstance(arg.meta.get("val"), (list, tuple))]
+def _same_tokens(one: Node, other: Node) -> bool:
+    """Whether two values [B, N, ...] have the same samples and tokens."""
+    return all(same_size(one.graph, *pair) for pair in list(zip(shape(one), shape(other), strict=False))[:2])
 
 
 def _before_gate(value: Node) -> Node:
     """The value before its gate (a factor that is broadcast over it), dropout and casts."""
-    name, tensors = op_name(value), _tensors(value)
-    if name == "dropout" or (name in ("to", "_to_copy") and len(tensors) == 1):
-        return _before_gate(tensors[0])
-    if name == "mul" and len(tensors) == 2:
-        full = [tensor for tensor in tensors if is_tensor(tensor) and sizes(tensor) == sizes(value)]
+    name, found = op_name(value), tensors(value)
+    if name == "dropout" or (name in ("to", "_to_copy") and len(found) == 1):
+        return _before_gate(found[0])
+    if name == "mul" and len(found) == 2:
+        full = [tensor for tensor in found if is_tensor(tensor) and same_sizes(tensor, value)]
         if len(full) == 1:
             return _before_gate(full[0])
     return value

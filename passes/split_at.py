@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from torch.fx import Graph, GraphModule, Node
 
-from dcc.passes.graph import carries_batch, is_tensor, nodes_by_name, returned
+from dcc.passes.graph import is_tensor, nodes_by_name, returned
+from dcc.passes.same_sizes import carries_batch
 from dcc.passes.values import VALUE, Handed
 
 

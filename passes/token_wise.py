@@ -15,8 +15,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from dcc.passes.graph import arguments, is_tensor, same_shape, sizes
-from dcc.passes.residual_stream import SUMS, op_name
+from dcc.passes.graph import arguments, is_tensor, op_name, shape
+from dcc.passes.same_sizes import same_shape, same_size, same_sizes
+from dcc.passes.stream_walk import SUMS
+from dcc.torch_internals import fixed_size
 
 WHOLE = 2**63 - 1  # the end of a slice that takes everything
 
@@ -48,9 +50,9 @@ class Region:
 
 def token_region(value: Node, ends: Collection[str]) -> Region | str:
     """What makes `value` [B, N, C...] token by token from the values named in `ends`, or a reason why nothing does."""
-    if not is_tensor(value) or len(sizes(value)) < 3 or sizes(value)[1] < 2:
+    if not is_tensor(value) or len(shape(value)) < 3 or fixed_size(shape(value)[1]) == 1:
         return f"{value.name} is no value of shape [batch, tokens, channels] with two or more tokens"
-    tokens = sizes(value)[1]
+    tokens = shape(value)[1]
     inside: dict[str, Node] = {}
     taken: set[str] = set()
     todo = [value]
@@ -80,7 +82,7 @@ def residual_ends(value: Node) -> tuple[set[str], Node | None]:
         addition = next((u for u in users if op_name(u) in SUMS and len(u.all_input_nodes) == 2), None)
         if addition is not None and same_shape(addition, value):
             break
-        if len(users) != 1 or op_name(users[0]) not in POINTWISE or sizes(users[0]) != sizes(value):
+        if len(users) != 1 or op_name(users[0]) not in POINTWISE or not same_sizes(users[0], value):
             return set(), None
         node = users[0]
     ends: set[str] = set()
@@ -93,7 +95,7 @@ def residual_ends(value: Node) -> tuple[set[str], Node | None]:
     return ends, addition
 
 
-def _carriers(node: Node, tokens: int) -> list[Node] | str:
+def _carriers(node: Node, tokens: Any) -> list[Node] | str:
     """Arguments of `node` that carry its tokens in dimension 1; or why a token of its value needs other tokens too."""
     name = op_name(node)
     if name == "getitem":
@@ -104,12 +106,12 @@ def _carriers(node: Node, tokens: int) -> list[Node] | str:
         return _aligned(node, tokens)
     if name in MATRIX:
         first, *others = node.all_input_nodes
-        if len(sizes(first)) < 3 or any(len(sizes(other)) > 2 for other in others):
+        if len(shape(first)) < 3 or any(len(shape(other)) > 2 for other in others):
             return "is no product of tokens with one matrix"
         return _carrying([first], tokens)
     if name in NORMS:
         first = arguments(node)[0]
-        if len(arguments(node)[1]) > len(sizes(first)) - 2:
+        if len(arguments(node)[1]) > len(shape(first)) - 2:
             return "normalises over tokens"
         return _carrying([first], tokens)
     if name in ("permute", "transpose"):
@@ -119,16 +121,16 @@ def _carriers(node: Node, tokens: int) -> list[Node] | str:
     return "mixes tokens, or is not known to leave them apart"
 
 
-def _aligned(node: Node, tokens: int) -> list[Node] | str:
+def _aligned(node: Node, tokens: Any) -> list[Node] | str:
     """Tensors of a pointwise call that carry tokens; those broadcast over them are used as they are."""
     found = []
     for other in node.all_input_nodes:
         if not is_tensor(other):
             return "takes a size"
-        if len(sizes(other)) > len(sizes(node)):
+        if len(shape(other)) > len(shape(node)):
             return f"{other.name} has more dimensions"
-        dimension = 1 - (len(sizes(node)) - len(sizes(other)))
-        if dimension < 0 or sizes(other)[dimension] == 1:
+        dimension = 1 - (len(shape(node)) - len(shape(other)))
+        if dimension < 0 or fixed_size(shape(other)[dimension]) == 1:
             continue
         if dimension == 0:
             return f"{other.name} has a row per token, but no batch"
@@ -136,10 +138,10 @@ def _aligned(node: Node, tokens: int) -> list[Node] | str:
     return _carrying(found, tokens)
 
 
-def _along(node: Node, name: str, tokens: int) -> list[Node] | str:
+def _along(node: Node, name: str, tokens: Any) -> list[Node] | str:
     many = name in ("cat", "stack")
     tensors = list(arguments(node)[0]) if many else [arguments(node)[0]]
-    rank = len(sizes(tensors[0])) + (name in ("unsqueeze", "stack"))
+    rank = len(shape(tensors[0])) + (name in ("unsqueeze", "stack"))
     position = ALONG[name]
     default: Any = -1 if name == "softmax" else 0
     dimension: Any = arguments(node)[position] if len(arguments(node)) > position else node.kwargs.get("dim", default)
@@ -155,15 +157,15 @@ def _along(node: Node, name: str, tokens: int) -> list[Node] | str:
 
 def _keeps_tokens(node: Node) -> bool:
     """Whether batch and tokens stay dimensions 0 and 1."""
-    rank = len(sizes(node))
+    rank = len(shape(node))
     if op_name(node) == "permute":
         return [d % rank for d in arguments(node)[1]][:2] == [0, 1]
     return min(d % rank for d in arguments(node)[1:3]) >= 2
 
 
-def _carrying(found: list[Node], tokens: int) -> list[Node] | str:
+def _carrying(found: list[Node], tokens: Any) -> list[Node] | str:
     """`found`, where each of them has the tokens in dimension 1; else the reason why not."""
     if not found:
         return "is made of no value that carries the tokens"
-    other = next((n for n in found if len(sizes(n)) < 2 or sizes(n)[1] != tokens), None)
+    other = next((n for n in found if len(shape(n)) < 2 or not same_size(n.graph, shape(n)[1], tokens)), None)
     return f"{other.name} has no {tokens} tokens" if other is not None else found

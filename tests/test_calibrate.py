@@ -12,8 +12,9 @@ from torch import nn
 
 import dcc
 from dcc.errors import CaptureError, PipelineError, ProfileError, PromptError
-from dcc.measure.calibrate import gram_matrix, neighbours, probe_steps
-from dcc.measure.profile import Profile, read_file, write_file
+from dcc.measure.calibrate import MARK, VERSION, gram_matrix, neighbours, probe_steps
+from dcc.measure.profile import Profile
+from dcc.tensor_file import read_tensors, write_tensors
 
 from . import tiny
 
@@ -215,7 +216,7 @@ def test_a_killed_calibration_ends_in_the_same_profile(script, loop, net, profil
     path = tmp_path / "half.ckpt"
     killed = subprocess.run([sys.executable, str(script), str(path), "prompt 3 of 4"], check=False, cwd=tmp_path)
     assert killed.returncode == -signal.SIGKILL
-    header, _ = read_file(path, "dcc_calibration", 1)
+    header, _ = read_tensors(path, MARK, VERSION, ProfileError)
     assert header["done"] == 2
     lines = []
     resumed = dcc.calibrate(net, [1, 2, 3, 4], sample=loop["sample"], seed=5, checkpoint=path, progress=lines.append)
@@ -303,9 +304,9 @@ def test_malformed_checkpoints_are_refused(loop, net, checkpoint, profile, tmp_p
     profile.save(path)
     with pytest.raises(ProfileError, match=r"bad\.ckpt: the field 'dcc_calibration' is missing"):
         resume(path)
-    header, tensors = read_file(checkpoint, "dcc_calibration", 1)
-    write_file(path, "dcc_calibration", 1, header, {name: tensors[name] for name in ("gram", "size")})
-    with pytest.raises(ProfileError, match=r"bad\.ckpt: this checkpoint is malformed at 'moved'"):
+    header, tensors = read_tensors(checkpoint, MARK, VERSION, ProfileError)
+    write_tensors(path, MARK, VERSION, header, {name: tensors[name] for name in ("gram", "size")})
+    with pytest.raises(ProfileError, match=r"bad\.ckpt: this checkpoint is malformed: field 'moved' is missing"):
         resume(path)
 
 
@@ -349,7 +350,7 @@ def test_loops_that_differ_from_the_recorded_one_are_refused(loop, net):
 
 
 def test_bad_arguments_are_refused(loop, net):
-    with pytest.raises(PromptError, match="calib_prompts is empty"):
+    with pytest.raises(PromptError, match="prompts is empty"):
         dcc.calibrate(net, [], sample=loop["sample"])
     with pytest.raises(PipelineError, match="needs sample=fn"):
         dcc.calibrate(net, [1])

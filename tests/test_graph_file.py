@@ -1,6 +1,5 @@
 """Graphs on disk: read again as they were, refused where they no longer fit, and never a reason to fail."""
 
-import json
 import math
 import os
 
@@ -12,7 +11,7 @@ from torch import nn
 from torch.fx import Graph
 
 from dcc.capture.export import _CAPTURES, capture
-from dcc.capture.graph_file import _Reader, read_graph, write_graph
+from dcc.capture.graph_file import read_graph, write_graph
 from dcc.capture.store import STORED
 from dcc.errors import CaptureError
 from dcc.record.call import bind
@@ -64,7 +63,7 @@ def test_a_graph_comes_back_as_it_was(module):
     assert first.inputs == second.inputs and list(first.weights) == list(second.weights)
     for batch, tokens, ids in ((2, 5, 6), (3, 7, 4)):
         other = call_of(module, batch, tokens, ids)
-        assert second.accepts(other) and second.agrees(module, other, exactly=True)
+        assert second.accepts(other) and second.agrees(module, other)
     assert not second.accepts(bind(module, (torch.randn(2, 5, 8), torch.rand(3), torch.arange(6)), {}, frozenset()))
 
 
@@ -73,16 +72,16 @@ def test_weights_of_a_stored_graph_are_live(module):
     again(module, call)
     stored = again(module, call)
     module.linear.weight.data.mul_(2)
-    assert stored.agrees(module, call, exactly=True)
+    assert stored.agrees(module, call)
 
 
-def test_a_changed_setting_is_noticed_and_the_graph_made_anew(module):
+def test_every_setting_has_a_graph_of_its_own(module):
     call = call_of(module)
     again(module, call)
-    module.scale = 1.5
-    changed = again(module, call)
-    assert changed.origin == "exported, because the graph on disk gives other values than the module"
-    assert changed.agrees(module, call, exactly=True)
+    before, module.scale = module.scale, 1.5
+    assert again(module, call).origin == "exported"
+    assert again(module, call).origin == "read from disk"
+    module.scale = before
     assert again(module, call).origin == "read from disk"
 
 
@@ -96,7 +95,7 @@ def test_a_damaged_file_is_named_and_written_anew(module, folder, damage):
     elif damage == "foreign":
         path.write_text("no graph")
     else:
-        save_file({}, path, metadata={"graph": json.dumps({"format": 99})})
+        save_file({}, path, metadata={"dcc_graph": "99"})
     found = again(module, call)
     assert found.origin.startswith("exported, because the graph on disk cannot be read: ") and found.problem is None
     assert again(module, call).origin == "read from disk"
@@ -130,19 +129,11 @@ def test_the_oldest_graphs_give_way(module, folder):
     assert len(names) == STORED and "005.graph" not in names and f"{STORED + 4:03}.graph" in names
 
 
-def test_sizes_are_arithmetic_only():
-    reader = _Reader({"symbols": {"s0": 6}, "values": [], "stacks": []})
-    assert reader.size("s0 + 2*s0 - (s0//4)") == 17 and reader.size("math.ceil(s0)") == 6
-    for text in ("().__class__", "s0.node", "__import__('os')"):
-        with pytest.raises(CaptureError, match="no arithmetic"):
-            reader.size(text)
-
-
 @pytest.mark.parametrize("target", [print, len, os.getcwd, torch.load])
 def test_a_call_that_is_no_operator_is_refused_by_node(folder, target):
     graph = Graph()
     graph.output((graph.call_function(target, ()),))
-    with pytest.raises(CaptureError, match=r"node '\w+': .*cannot hold|node '\w+': no operator"):
+    with pytest.raises(CaptureError, match=r"node '\w+': a file cannot hold a call of"):
         write_graph(folder / "graph", graph, {}, {})
     assert not list(folder.iterdir())
 
@@ -159,4 +150,4 @@ def test_arguments_of_every_kind(folder):
     assert str(node.args) == str(made.args) and node.kwargs == made.kwargs and type(node.args[2]) is tuple
     assert facts == {"a": [1]} and torch.equal(constants["constant"], torch.arange(3))
     with safe_open(folder / "graph", framework="pt") as file:
-        assert "aten.clone.default" in file.metadata()["graph"]
+        assert "aten.clone.default" in file.metadata()["header"]

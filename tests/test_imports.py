@@ -26,8 +26,9 @@ ROOMS = (  # the floors of dcc, top to bottom; a room may import those below it 
     ("passes",),
     ("kernels",),
     ("demo",),
-    ("arguments",),
-    ("decisions", "errors", "files", "quality", "text", "torch_internals"),
+    ("tensor_file",),
+    ("arguments", "files"),
+    ("decisions", "errors", "quality", "text", "torch_internals"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 import dcc.capture.export
 from dcc.capture.export import capture
+from dcc.capture.purity import examine
 from dcc.capture.repeats import REPEAT, one_of_each_kind, write_out
 from dcc.passes.blocks import paths
 from dcc.passes.graph import carries_tensors
@@ -66,7 +67,7 @@ def captured_from(module, *args):
     module.eval().requires_grad_(False)
     call = bind(module, args, {}, NONE)
     captured = capture(module, call)
-    assert captured.problem is None and captured.agrees(module, call, exactly=True)
+    assert captured.problem is None and captured.agrees(module, call)
     assert not any("forward" in vars(part) for part in module.modules())
     return captured
 
@@ -99,10 +100,11 @@ def test_the_graph_is_that_of_a_whole_trace(name, repeats, monkeypatch):
         warnings.filterwarnings("ignore", message=case.warns)
     net = case.build()
     call = bind(net, (), case.inputs(batch=2), NONE)
-    short = dcc.capture.export._first_that_exports(net, call, [call])
+    evidence = examine(net, call)
+    short = dcc.capture.export._first_that_exports(net, call, evidence, evidence.answers)
     assert repeats and short.problem is None
     monkeypatch.setattr(dcc.capture.export, "one_of_each_kind", lambda module: nullcontext(False))
-    whole = dcc.capture.export._first_that_exports(net, call, [call])
+    whole = dcc.capture.export._first_that_exports(net, call, evidence, evidence.answers)
     assert described(short) == described(whole)
     assert short.weights.keys() == whole.weights.keys() and short._symbols == whole._symbols
 
@@ -112,7 +114,7 @@ def test_weights_of_repeated_blocks_are_their_own(repeats):
     captured = captured_from(module, x)
     assert repeats == [f"blocks.{index}" for index in (1, 2, 3, 4)]
     module.blocks[3].up.weight.data.mul_(2)
-    assert captured.agrees(module, captured.call, exactly=True)
+    assert captured.agrees(module, captured.call)
 
 
 def test_settings_make_kinds(repeats):
@@ -251,5 +253,5 @@ def test_a_replaced_forward_stays(repeats):
         block.forward = lambda x, own=block: (Block.forward(own, x)[0] * 2, None)
     module.eval().requires_grad_(False)
     call = bind(module, (torch.randn(2, 3, 8),), {}, NONE)
-    assert capture(module, call).agrees(module, call, exactly=True)
+    assert capture(module, call).agrees(module, call)
     assert repeats == [] and all("forward" in vars(block) for block in module.blocks)

@@ -1,5 +1,8 @@
 """The grid of image tokens, read off a denoiser's inputs."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -33,6 +36,28 @@ def test_positions_count_rows_and_columns():
 )
 def test_other_inputs_say_nothing(tensor):
     assert _of_positions(tensor, 24) is None
+
+
+@pytest.mark.parametrize(
+    ("inputs", "grid"),
+    [
+        ([positions(1, 24), positions(4, 6)], (4, 6)),  # as many words as image tokens, in either order
+        ([positions(4, 6), positions(1, 24)], (4, 6)),
+        ([positions(4, 6), positions(3, 8)], None),
+        ([positions(1, 24)], (1, 24)),
+        ([positions(4, 6), positions(4, 6, axes=4)], (4, 6)),
+    ],
+)
+def test_as_many_words_as_image_tokens(inputs, grid):
+    class Found:
+        """Sites of a denoiser whose latent is a row of tokens."""
+
+        call = SimpleNamespace(tensors=inputs)
+
+        def __getitem__(self, name):
+            return SimpleNamespace(shapes=((2, 24, 16),))
+
+    assert token_grid(cast("Any", Found()), 24) == grid
 
 
 @pytest.mark.parametrize(

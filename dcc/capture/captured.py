@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from dcc.capture.preserve import preserved
+from dcc.capture.watch import State
 from dcc.errors import CaptureError
 from dcc.passes.graph import returned
 from dcc.passes.values import VALUE, Argument, Input, Served
@@ -18,11 +21,13 @@ from dcc.torch_internals import fixed_size, pytree, slots
 
 @dataclass(frozen=True, eq=False)
 class Weight(Input):
-    """A parameter or buffer, read from the live module at every call so that weight swaps and casts take effect."""
+    """A parameter or buffer, read from the live module at every call so that weight swaps and casts take effect.
 
-    owner: dict[str, Tensor | None]
-    key: str
+    `owners` has, by the full name of every weight of the graph, the module's own dictionary that holds it.
+    """
+
     path: str  # its full name in the module
+    owners: dict[str, dict[str, Any]]
 
     @property
     def name(self) -> str:
@@ -33,9 +38,9 @@ class Weight(Input):
 
     def get(self) -> Tensor:
         """The tensor as it is now. Raises CaptureError where it is gone."""
-        value = self.owner[self.key]
+        value = self.owners[self.path].get(self.path.rpartition(".")[2])
         if value is None:
-            raise CaptureError(f"weight {self.key!r} was there at capture and is None now; compile again")
+            raise CaptureError(f"weight {self.path!r} was there at capture and is gone now; compile again")
         return value
 
 
@@ -60,7 +65,8 @@ class Captured:
 
     It holds nothing of a recorded run, so that any number of compilations may share it. `problem` is why the module
     could not be exported; the graph is then one call of the eager module. `origin` says where the graph comes from.
-    `proven` grows: it holds the shapes at which the graph was seen to equal the module.
+    `state` is the one in which it stands for the module, and `ignored` are attributes of the module that its own calls
+    change. `proven` grows: it holds the shapes at which the graph was seen to equal the module.
     """
 
     graph_module: GraphModule
@@ -71,7 +77,9 @@ class Captured:
     out_spec: pytree.TreeSpec
     problem: str | None = None
     origin: str = "exported"
-    proven: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
+    state: State = field(default_factory=State)
+    ignored: frozenset[str] = frozenset()
+    proven: set[Any] = field(default_factory=set)
     _symbols: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -125,32 +133,33 @@ class Captured:
                 values[self.inputs[path]] = tensor
         return values
 
-    def agrees(self, module: nn.Module, call: Call, exactly: bool = False) -> bool:
-        """Whether the graph gives the eager module's outputs for this call, up to float rounding or `exactly`.
+    def read_from(self, module: nn.Module) -> None:
+        """Reads weights where the module has them now: one of its parts may have been replaced by one like it."""
+        for weight in self.weights.values():
+            weight.owners[weight.path] = slots_of(module, weight.path)
 
-        Up to rounding, the two are compared once per shape; exactly means bit for bit.
-        """
-        if self.problem or (not exactly and call.shapes in self.proven):
+    def agrees(self, module: nn.Module, call: Call) -> bool:
+        """Whether the graph gives the module's own outputs for this call; compared once per shape and grad mode."""
+        kind = call.shapes, torch.is_grad_enabled()
+        if self.problem or kind in self.proven:
             return True
-        with torch.no_grad():
-            expected = pytree.tree_leaves(module(**call.arguments()))
-            try:
-                actual = self.graph_module(*self.inputs_of(call))
-            except (RuntimeError, AssertionError, IndexError, ValueError, KeyError, CaptureError):
-                return False  # sizes folded at capture do not fit this call, or weights are gone
-        rtol, atol = (0.0, 0.0) if exactly else (1e-3, 1e-4)
-        equal = len(actual) == len(expected) and all(
-            a.shape == e.shape and a.dtype == e.dtype and torch.allclose(a, e, rtol=rtol, atol=atol, equal_nan=True)
-            for a, e in zip(actual, expected, strict=True)
-        )
-        if equal:
-            self.proven.add(call.shapes)
-        return equal
+        with preserved(module):
+            expected = pytree.tree_leaves(module(**call.twin().own_arguments()))
+        if not self.gives(call, expected):
+            return False
+        self.proven.add(kind)
+        return True
 
-    def is_exact(self, module: nn.Module, *calls: Call) -> bool:
-        """Whether the first of `calls` that it accepts gives the module's outputs bit for bit; False without one."""
-        call = next((call for call in calls if self.accepts(call)), None)
-        return call is not None and self.agrees(module, call, exactly=True)
+    def gives(self, call: Call, expected: Sequence[Any]) -> bool:
+        """Whether the graph gives these outputs for a call: bit for bit on a CPU, up to rounding elsewhere."""
+        if not self.accepts(call):
+            return False
+        try:
+            with torch.no_grad(), call.without_autocast():
+                actual = self.graph_module(*self.inputs_of(call))
+        except (RuntimeError, AssertionError, IndexError, ValueError, KeyError, TypeError, CaptureError):
+            return False  # sizes folded at capture do not fit this call, or weights are gone
+        return same(actual, expected)
 
     def inputs_of(self, call: Call) -> list[Tensor]:
         """Graph inputs of this call in placeholder order."""
@@ -164,9 +173,38 @@ def fixed_or_symbol(size: Any) -> int | str:
     return str(size) if fixed is None else fixed
 
 
-def weight_of(module: nn.Module, target: str) -> Weight:
-    path, _, key = target.rpartition(".")
-    owner = module.get_submodule(path)
-    parameters, buffers = slots(owner)
+def weights_of(module: nn.Module, names: Mapping[str, str]) -> dict[str, Weight]:
+    """The module's weights as inputs of a graph: from the names of placeholders, and the full names of weights."""
+    owners = {path: slots_of(module, path) for path in names.values()}
+    return {name: Weight(path, owners) for name, path in names.items()}
+
+
+def slots_of(module: nn.Module, path: str) -> dict[str, Any]:
+    """The module's own dictionary that holds the weight of this full name."""
+    owner, _, key = path.rpartition(".")
+    parameters, buffers = slots(module.get_submodule(owner))
     held: Any = parameters if key in parameters else buffers
-    return Weight(held, key, target)
+    return held
+
+
+Answers = Sequence[tuple[Call, Sequence[Any]]]  # calls, and what the module returned for each
+
+
+def gives_all(captured: Captured, answers: Answers) -> bool:
+    """Whether a graph gives the module's own outputs for all of these calls that it accepts, at least one."""
+    accepted = [(call, outputs) for call, outputs in answers if captured.accepts(call)]
+    return bool(accepted) and all(captured.gives(call, outputs) for call, outputs in accepted)
+
+
+def same(actual: Sequence[Any], expected: Sequence[Any]) -> bool:
+    """Whether outputs are equal: bit for bit on a CPU, up to rounding on devices that may add in another order."""
+    return len(actual) == len(expected) and all(map(_same, actual, expected))
+
+
+def _same(actual: Any, expected: Any) -> bool:
+    if not isinstance(actual, Tensor) or not isinstance(expected, Tensor):
+        return type(actual) is type(expected) and actual == expected
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    rtol, atol = (0.0, 0.0) if expected.device.type == "cpu" else (1e-3, 1e-4)
+    return torch.allclose(actual, expected, rtol=rtol, atol=atol, equal_nan=True)

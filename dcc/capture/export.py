@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -21,59 +20,95 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule
 
 from dcc.capture import store
-from dcc.capture.captured import Captured, fixed_or_symbol, weight_of
+from dcc.capture.captured import Answers, Captured, fixed_or_symbol, gives_all, weights_of
+from dcc.capture.preserve import preserved
+from dcc.capture.purity import Evidence, examine
 from dcc.capture.repeats import one_of_each_kind, write_out
+from dcc.capture.watch import State
 from dcc.errors import CaptureError
 from dcc.passes.graph import output_node, returned
 from dcc.passes.verify import is_mutation, verify
-from dcc.record.call import Call
+from dcc.record.call import SERVED, Call
 from dcc.text import error_line
 from dcc.torch_internals import pytree
 
 
-def capture(module: nn.Module, call: Call, first: Call | None = None) -> Captured:
-    """Exports `module` for calls like this one; capture with a batch of 2 or more, because sizes of 1 are fixed.
+def capture(
+    module: nn.Module, call: Call, first: Call | None = None, ignored: frozenset[str] = frozenset()
+) -> Captured:
+    """Exports `module`, in the state that it is in, for calls like this one, and leaves it in that state.
 
-    `first` is a call that the graph will serve; where the graph accepts it, that is the call on which it is compared
-    with the module. Tries all dimensions dynamic, then fixed shapes, then falls back to the eager module as one opaque
-    node, keeping the reason in `problem`. A module that was captured before is not captured again while its old graph
-    still gives its outputs bit for bit, so compiling once more for another plan is quick.
+    Capture with a batch of 2 or more, because sizes of 1 are fixed. `first` is another call that the graph will serve;
+    `ignored` are attributes that make no difference to the state. Tries all dimensions dynamic, then fixed shapes, then
+    falls back to the eager module as one opaque node, keeping the reason in `problem`: no graph stands for a module
+    that is more than a function of its inputs, and none is taken that gives other values than the module. A module that
+    was captured before in this state is not captured again, so compiling once more for another plan is quick.
     """
-    tests = (call,) if first is None else (first, call)
+    state = State.of(module, ignored)
+    with preserved(module):
+        evidence = examine(module, call)
+        finding = f"it has {state.hooks}" if state.hooks else evidence.finding
+        if finding:
+            captured = replace(_opaque(module, call, evidence, finding), ignored=ignored | evidence.changed)
+        else:
+            captured = _captured(module, call, first, state, evidence)
+    if captured.ignored != ignored:
+        state = State.of(module, captured.ignored)
+    if captured.problem is not None:
+        return replace(captured, state=state)
+    if captured.state != state:  # new, or from disk
+        captured = replace(captured, state=state)
+        _CAPTURES.setdefault(module, []).append(captured)
+    captured.read_from(module)
+    captured.proven.add((call.shapes, torch.is_grad_enabled()))
+    return captured
+
+
+def _captured(module: nn.Module, call: Call, first: Call | None, state: State, evidence: Evidence) -> Captured:
+    """A graph that was captured in this state, by this process or an earlier one, or a new one."""
+    tests = evidence.answers
+    if first is not None and first.shapes != call.shapes:
+        tests = [*tests, (first, pytree.tree_leaves(module(**first.twin().own_arguments())))]
     for known in _CAPTURES.get(module, []):
-        if known.accepts(call) and known.is_exact(module, *tests):
+        if known.state == state and gives_all(known, tests):
             return known
     path = store.place(module, call)
     captured, why_not = store.read(path, module, call, tests)
     if captured is None:
-        captured = _first_that_exports(module, call, tests)
+        captured = _first_that_exports(module, call, evidence, tests)
         said = store.write(path, captured) or (f", because the graph on disk {why_not}" if why_not else "")
         captured = replace(captured, origin=captured.origin + said)
-    if captured.problem is None:
-        _CAPTURES.setdefault(module, []).append(captured)
     return captured
 
 
 _CAPTURES: WeakKeyDictionary[nn.Module, list[Captured]] = WeakKeyDictionary()
 
 
-def _first_that_exports(module: nn.Module, call: Call, tests: Sequence[Call]) -> Captured:
+def refresh(module: nn.Module, state: State) -> None:
+    """Lets the graphs that were captured in a state read their weights from where the module has them now."""
+    for captured in _CAPTURES.get(module, []):
+        if captured.state == state:
+            captured.read_from(module)
+
+
+def _first_that_exports(module: nn.Module, call: Call, evidence: Evidence, tests: Answers) -> Captured:
     problems = []
     for dynamic in (True, False):
+        problem = ""
         for context in (one_of_each_kind(module), nullcontext(False)):
             some_repeat = True
             try:
-                with context as some_repeat:
+                with preserved(module), context as some_repeat:
                     captured = _export(module, call, dynamic)
-                if not some_repeat or captured.is_exact(module, *tests):
+                if gives_all(captured, tests):
                     return captured
-                problem = "blocks of one kind differ in what they compute"
+                problem = "the graph gives other values than the module"
             except Exception as error:  # torch.export raises many kinds; each is recorded and shown by summary()
                 problem = error_line(error)
             if not some_repeat:
                 break
         problems.append(f"{'dynamic' if dynamic else 'fixed'} shapes: {problem}")
-    return _opaque(module, call, "; ".join(problems))
+    return _opaque(module, call, evidence, "; ".join(problems))
 
 
 def _export(module: nn.Module, call: Call, dynamic: bool) -> Captured:
@@ -84,8 +119,8 @@ def _export(module: nn.Module, call: Call, dynamic: bool) -> Captured:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own deprecations, nothing a caller could act on
         program = torch.export.export(module, (), kwargs, dynamic_shapes=shapes, strict=False)
-        if any(is_mutation(node) for node in program.graph.nodes):
-            program = program.run_decompositions({})  # functional form, operators left whole
+        if call.autocast or any(is_mutation(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})  # functional form with autocast's casts, operators left whole
     return _from_program(module, call, program)
 
 
@@ -98,15 +133,16 @@ def _dynamic_dims(value: Any) -> dict[int, Any] | None:
 
 def _from_program(module: nn.Module, call: Call, program: torch.export.ExportedProgram) -> Captured:
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    weights, constants, user_inputs = {}, {}, []
+    paths, constants, user_inputs = {}, {}, []
     for spec in program.graph_signature.input_specs:
         name, target = spec.arg.name, str(spec.target)
         if spec.kind is InputKind.USER_INPUT:
             user_inputs.append(name)
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            weights[name] = weight_of(module, target)
+            paths[name] = target
         else:
             constants[name] = program.constants[target]
+    weights = weights_of(module, paths)
     write_out(program.graph, module, {placeholders[name]: weight.get() for name, weight in weights.items()})
     inputs, symbols = {}, {}
     for path, name in zip(call.leaf_names, user_inputs, strict=True):
@@ -128,18 +164,22 @@ def _from_program(module: nn.Module, call: Call, program: torch.export.ExportedP
     return Captured(graph_module, call, weights, constants, inputs, out_spec, _symbols=symbols)
 
 
-def _opaque(module: nn.Module, call: Call, problem: str) -> Captured:
+def _opaque(module: nn.Module, call: Call, evidence: Evidence, problem: str) -> Captured:
     """One node that calls the eager module: its raw output can still be cached, nothing inside can."""
-    with torch.no_grad():
-        outputs, out_spec = pytree.tree_flatten(module(**call.arguments()))
+    outputs, out_spec = evidence.answers[0][1], evidence.spec
+    assert out_spec is not None
     if not all(isinstance(value, Tensor) for value in outputs):
         raise CaptureError(
-            f"{type(module).__name__} returns values that are not tensors, and exports neither: {problem}"
+            f"{type(module).__name__} returns values that are not tensors, and cannot be captured either: {problem}"
         )
 
     class Eager(nn.Module):
         def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-            return tuple(pytree.tree_leaves(module(**call.arguments(tensors))))
+            served = SERVED.get(None)
+            if served is not None and served.given is not None and all(map(operator.is_, tensors, served.tensors)):
+                args, kwargs = served.given  # the very arguments, which the module may write to
+                return tuple(pytree.tree_leaves(module(*args, **kwargs)))
+            return tuple(pytree.tree_leaves(module(**call.own_arguments(tensors))))
 
     graph, inputs, placeholders = Graph(), {}, []
     for index, (path, tensor) in enumerate(zip(call.names, call.tensors, strict=True)):

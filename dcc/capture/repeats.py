@@ -9,11 +9,9 @@ same path through both; `capture` compares the outcome with the module all the s
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 import threading
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from dcc.capture.describe import described, described_weight
 from dcc.errors import CaptureError
 from dcc.passes.graph import arguments, layout
-from dcc.torch_internals import module_stack, pytree, set_module_stack, slots
+from dcc.torch_internals import module_stack, pytree, set_module_stack
 
 SMALLEST = 4  # the fewest modules of a block that is copied; copying less saves nothing
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
-FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 _TENSOR = object()
 
 
@@ -94,7 +92,7 @@ def one_of_each_kind(module: nn.Module) -> Iterator[bool]:
     for path, block in module.named_modules():
         inside = path and isinstance(module.get_submodule(path.rpartition(".")[0]), nn.ModuleList | nn.Sequential)
         if inside and len(list(block.modules())) >= SMALLEST and "forward" not in vars(block):
-            kinds.setdefault(_kind(block, {}), []).append((path, block))
+            kinds.setdefault(described(block, id), []).append((path, block))
     repeated = [blocks for blocks in kinds.values() if len(blocks) > 1]
     keys: list[str] = []
     try:
@@ -110,39 +108,6 @@ def one_of_each_kind(module: nn.Module) -> Iterator[bool]:
             _OUTPUTS.pop(key, None)
 
 
-def _kind(value: Any, seen: dict[int, int]) -> Any:
-    """A hashable description: equal for modules that run the same code with the same settings on equal shapes.
-
-    What cannot be compared, such as a function or a tensor that is not registered, counts by identity.
-    """
-    if isinstance(value, PLAIN):
-        return type(value), value
-    if id(value) in seen:
-        return "again", seen[id(value)]
-    seen[id(value)] = len(seen)
-    if isinstance(value, nn.Module):
-        own, kept = vars(value), slots(value)
-        tensors = kept[0] | kept[1]
-        facts = tuple((name, None if t is None else _described(t)) for name, t in tensors.items())
-        rest = tuple((k, _kind(v, seen)) for k, v in own.items() if v is not kept[0] and v is not kept[1])
-        return type(value), facts, rest
-    if isinstance(value, list | tuple):
-        return type(value), tuple(_kind(item, seen) for item in value)
-    if isinstance(value, dict):
-        return type(value), tuple((_kind(key, seen), _kind(item, seen)) for key, item in value.items())
-    if isinstance(value, set | frozenset):
-        return type(value), tuple(sorted(map(repr, value)))
-    if isinstance(value, (Tensor, type, *FUNCTIONS)) or not hasattr(value, "__dict__"):
-        return id(value)
-    return type(value), _kind(vars(value), seen)
-
-
-def _described(tensor: Tensor) -> Any:
-    """What code may ask about a tensor, real or fake, while that code is traced."""
-    size, stride, dtype, device = layout(tensor)
-    return type(tensor), str(size), str(stride), dtype, device
-
-
 def _forward(original: Callable[..., Any], path: str, known: dict[Any, First], keys: list[str]) -> Callable[..., Any]:
     """Stands for a block's `forward`: the first block called with such arguments is traced, others are one operator."""
     tracing = threading.get_ident()
@@ -153,7 +118,7 @@ def _forward(original: Callable[..., Any], path: str, known: dict[Any, First], k
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())
         place = {id(tensor): index for index, tensor in enumerate(tensors)}
-        described = ((place[id(x)], _described(x)) if id(x) in place else _constant(x) for x in leaves)
+        described = ((place[id(x)], described_weight(x)) if id(x) in place else _constant(x) for x in leaves)
         signature = str(spec), *described
         first = known.get(signature)
         if first is not None and first.path != path:

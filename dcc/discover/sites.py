@@ -6,7 +6,7 @@ import difflib
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.tree import Tree
 from torch.fx import GraphModule, Node
@@ -18,9 +18,11 @@ from dcc.passes.base import GUIDANCE, Port, Site
 from dcc.passes.blocks import Block
 from dcc.passes.costs import Cost, costs
 from dcc.passes.dataflow import Dataflow
-from dcc.passes.graph import nodes_by_name, returned
+from dcc.passes.graph import nodes_by_name, op_name, returned
 from dcc.passes.levels import level_cut, levels, skip_pairs
-from dcc.passes.residual_stream import PRODUCTS, attention_output, base_of, branches, op_name
+from dcc.passes.residual_stream import attention_output, base_of, branches
+from dcc.passes.same_sizes import follows
+from dcc.passes.side_products import PRODUCTS, SideProducts, side_products
 from dcc.record.call import Call
 from dcc.record.recorder import Recording
 from dcc.text import human_bytes, render
@@ -201,17 +203,20 @@ class Sites:
         return _Finder(self).residual(name, self.order[start:stop])
 
 
-def find_sites(captured: Captured, call: Call, run: Recording | None = None) -> Sites:
+def find_sites(
+    captured: Captured, call: Call, run: Recording | None = None, order: Sequence[str] | None = None
+) -> Sites:
     """All sites of `captured`, with shapes, bytes and FLOPs of the concrete `call`.
 
     `run` tells which inputs move and whether guidance comes as a merged batch; without it every input may move, and
-    there is no guidance.
+    there is no guidance. `order` holds the paths of the blocks of another capture of the module: where this one has
+    them all they are its blocks too, so that `blocks[a:b]` means the same ones at other sizes and in other states.
     """
     sites = Sites(captured, call, run)
     if not captured.problem:
         sites.costs = costs(captured.graph_module, captured.inputs_of(call))
     sites.flops = sum(cost.flops for cost in sites.costs.values())
-    _Finder(sites).find()
+    _Finder(sites).find(order)
     return sites
 
 
@@ -227,13 +232,17 @@ class _Finder:
         self.numbered = list(block_analysis.numbered_blocks(self.graph_module).values())
         self.moving = self.flow.depends_on(sites.captured.inputs.values())
 
-    def find(self) -> None:
+    def find(self, order: Sequence[str] | None) -> None:
         outputs = returned(self.graph_module)
         self.add("output", "output", [Port(node.name) for node in outputs])
         if self.sites.captured.problem:
             return
         self.latent(outputs)
-        self.sites.order = block_analysis.outermost_blocks(self.graph_module, self.costs)
+        known = {block.path: block for block in self.numbered}
+        if order is not None and all(path in known for path in order):
+            self.sites.order = [known[path] for path in order]
+        else:
+            self.sites.order = block_analysis.outermost_blocks(self.graph_module, self.lasting)
         self.hidden()
         if self.sites.order:
             self.stacks()
@@ -243,21 +252,33 @@ class _Finder:
             self.add_site(self.residual(block.path, [block]))
             self.branches(block)
 
+    @functools.cached_property
+    def side(self) -> SideProducts:
+        """The products of adapters beside those of the denoiser's own layers."""
+        return side_products(self.graph_module)
+
+    @property
+    def lasting(self) -> dict[str, Cost]:
+        """The costs that every state of the module has, adapters or none: of values made of the call's own inputs."""
+        return {
+            name: replace(cost, flops=cost.flops if name in self.moving and name not in self.side.at_side else 0)
+            for name, cost in self.costs.items()
+        }
+
     @property
     def sample(self) -> str:
         """The graph input that carries the sampler's state: shaped like the output, or else the largest that moves."""
-        output = self.costs[returned(self.graph_module)[0].name].shape
+        output = returned(self.graph_module)[0]
 
         def likeness(item: tuple[str, str]) -> tuple[bool, bool, int]:
-            cost = self.costs[item[1]]
-            return self.varies(item[0]), cost.shape == output, cost.bytes
+            return self.varies(item[0]), follows(output, self.nodes[item[1]]), self.costs[item[1]].bytes
 
         return max(self.sites.captured.inputs.items(), key=likeness)[1]
 
     def latent(self, outputs: Sequence[Node]) -> None:
         """Adds the sampler's state itself, the output relative to it where their shapes agree, and `uncond`."""
         self.add("latent", PROBE, [Port(self.sample)])
-        if len(outputs) == 1 and self.costs[outputs[0].name].shape == self.costs[self.sample].shape:
+        if len(outputs) == 1 and follows(outputs[0], self.nodes[self.sample]):
             self.add("delta", "residual", [Port(outputs[0].name, self.sample)])
         if (
             self.sites.run is not None
@@ -356,11 +377,25 @@ class _Finder:
         moved = self.flow.depends_on([self.sample])
         found: dict[str, Node] = {}
         for node in self.graph_module.graph.nodes:
-            if node.name in inside & moved and op_name(node) == "linear" and len(self.costs[node.name].shape) > 2:
-                path = (block_analysis.paths(node) or [node.name])[-1]
+            if node.name in self.side.at_side or op_name(node) != "linear" or len(self.costs[node.name].shape) <= 2:
+                continue
+            if node.name in inside & moved:
+                path = self.layer(node)
                 count = sum(name.split("#")[0] == path for name in found)
-                found[f"{path}#{count}" if count else path] = node
+                found[f"{path}#{count}" if count else path] = self.side.whole.get(node.name) or node
         return [self.site(f"{LINEAR}:{path}", LINEAR, [Port(node.name)]) for path, node in found.items()]
+
+    def layer(self, product: Node) -> str:
+        """Path of the layer that gives a product: of the module that adds what is at its side, or only wraps it."""
+        if product.name in self.side.whole:
+            return block_analysis.paths(self.side.whole[product.name])[-1]
+        around = block_analysis.paths(product) or [product.name]
+        return next((path for path in around if self.members.get(path) == {product.name}), around[-1])
+
+    @functools.cached_property
+    def members(self) -> dict[str, set[str]]:
+        """Names of the nodes inside every module, by path."""
+        return block_analysis.members(self.graph_module)
 
     def heads(self, name: str) -> Site | None:
         """The site of what attention gives to the projection that it shares with an MLP; None where it shares none."""

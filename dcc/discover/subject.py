@@ -11,10 +11,12 @@ from torch import nn
 
 from dcc.capture.captured import Captured
 from dcc.capture.export import capture
+from dcc.capture.preserve import preserved
 from dcc.discover.sites import Sites, find_sites
+from dcc.errors import CaptureError
 from dcc.record.call import Call
 from dcc.record.fingerprint import fingerprint
-from dcc.record.recorder import Recording
+from dcc.record.recorder import Recorder, Recording
 from dcc.record.target import Target, recording
 
 
@@ -34,13 +36,15 @@ class Subject:
     @classmethod
     def of(cls, target: Target, prompts: Sequence[Any], say: Callable[[str], None] = lambda line: None) -> Subject:
         """Records a run of the first prompt, captures the denoiser and finds its sites; `say` gets a line per stage."""
-        # noise levels, streams, which inputs move; and the inputs of a batch of two
+        # noise levels, streams, which inputs move
         say("recording one run")
-        run, wide = record(target, prompts)
+        with preserved(target.module):
+            run = record(target, prompts)
 
-        # one functional ATen graph whose weights are inputs
+        # one functional ATen graph whose weights are inputs, taken inside a call: pipelines set things up for a run
         say("capturing the denoiser")
-        captured = capture(target.module, wide, run.first)
+        with preserved(target.module):
+            captured = capture_inside(target, prompts, run)
 
         # every value that may be cached, with what it costs and saves
         return cls(target, run, captured, find_sites(captured, run.first, run))
@@ -61,25 +65,37 @@ class Subject:
         return len(self.run.levels)
 
     def sites_of(self, captured: Captured) -> Sites:
-        """The sites of another graph of the same denoiser, captured for calls of another signature."""
-        return find_sites(captured, captured.call, self.run)
+        """The sites of another graph of the same denoiser, captured in another state or for another signature."""
+        return find_sites(captured, captured.call, self.run, [block.path for block in self.sites.order])
 
 
-def record(target: Target, prompts: Sequence[Any]) -> tuple[Recording, Call]:
-    """One whole run of the first prompt, and the first call of a batch of two, which keeps the batch symbolic.
-
-    Where the loop takes no batch, that call is the run's own first one, and another batch size is captured when it
-    comes.
-    """
+def record(target: Target, prompts: Sequence[Any]) -> Recording:
+    """One whole run of the first prompt."""
     with recording(target) as recorder:
         target.sample(prompts[:1])
-    run = recorder.result()
-    if all(t.dim() == 0 or t.shape[0] > 1 for t in run.first.tensors):
-        return run, run.first
-    try:
-        with recording(target, only_first=True) as recorder:
-            target.sample([prompts[0], prompts[-1]])
-    except (TypeError, ValueError, RuntimeError):  # a loop for one image at a time, or arguments that are per image
-        return run, run.first
-    wide = recorder.first
-    return run, wide if wide is not None and wide.signature == run.first.signature else run.first
+    return recorder.result()
+
+
+def capture_inside(target: Target, prompts: Sequence[Any], run: Recording) -> Captured:
+    """The denoiser, captured at the first call of a run of two prompts, which keeps the batch symbolic.
+
+    Where the loop takes no batch, that call is the one of a run of one prompt, and another batch size is captured when
+    it comes.
+    """
+    found: list[Captured] = []
+
+    def at_first(call: Call) -> None:
+        if len(some) == 1 or call.signature == run.first.signature:
+            found.append(capture(target.module, call, run.first))
+
+    batched = any(tensor.dim() > 0 and len(tensor) == 1 for tensor in run.first.tensors)
+    for some in ([prompts[0], prompts[-1]], prompts[:1]) if batched else (prompts[:1],):
+        try:
+            with recording(target, Recorder(target.module, at_first, run.as_tensors)):
+                target.sample(some)
+        except (TypeError, ValueError, RuntimeError):  # a loop for one image at a time, or arguments that are per image
+            if len(some) == 1:
+                raise
+        if found:
+            return found[0]
+    raise CaptureError(f"a second run of the same prompt never called the denoiser ({type(target.module).__name__})")

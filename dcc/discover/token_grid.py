@@ -17,7 +17,7 @@ def token_grid(sites: Sites, tokens: int) -> tuple[int, int] | None:
     """(rows, columns) of `tokens` image tokens in row order; None where no input of the denoiser tells.
 
     Either the latent is [batch, C, rows, columns] up to a patch size, or an input [..., tokens, axes] holds whole
-    numbers whose last two axes count rows and columns.
+    numbers whose last two axes count rows and columns. None where inputs of as many tokens say different grids.
     """
     try:
         latent = sites["latent"].shapes[0]
@@ -27,8 +27,9 @@ def token_grid(sites: Sites, tokens: int) -> tuple[int, int] | None:
         patch = math.isqrt(max(latent[2] * latent[3] // tokens, 1))
         grid = latent[2] // patch, latent[3] // patch
         return grid if math.prod(grid) == tokens else None
-    found = (_of_positions(tensor, tokens) for tensor in sites.call.tensors)
-    return next((grid for grid in found if grid is not None), None)
+    found = {grid for tensor in sites.call.tensors if (grid := _of_positions(tensor, tokens)) is not None}
+    planes = {grid for grid in found if min(grid) > 1} or found  # as many words count along one axis only
+    return planes.pop() if len(planes) == 1 else None
 
 
 def _of_positions(tensor: Tensor, tokens: int) -> tuple[int, int] | None:

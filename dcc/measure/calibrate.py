@@ -23,17 +23,20 @@ from dcc import arguments
 from dcc.discover.sites import Sites
 from dcc.discover.subject import Subject
 from dcc.errors import ProfileError
-from dcc.measure.finite import finite, not_finite
+from dcc.measure.finite import all_finite, not_finite
 from dcc.measure.instrument import Instrument, Run
-from dcc.measure.profile import Profile, SiteCost, dtype_of, read_file, write_file
+from dcc.measure.profile import Profile, SiteCost, check_tensor, dtype_of, read_costs
 from dcc.passes.base import Port
 from dcc.passes.timings import timings
+from dcc.plans.fields import finite, whole
 from dcc.record.fingerprint import weights_hash
 from dcc.record.recorder import Recording
 from dcc.record.target import Samples, Target, check_prompts, installed, is_pipeline, make_target
+from dcc.tensor_file import read_tensors, write_tensors
 
-MARK, VERSION = "dcc_calibration", 1  # mark and version of checkpoints
+MARK, VERSION = "dcc_calibration", 2  # mark and version of checkpoints
 SUMS = ("gram", "moved", "size")
+STATE = ("done", "streams", "seconds", "probes", "costs")  # of a checkpoint, beside what identifies the calibration
 PROBE_BUDGET = 0.1  # whole runs spent on sensitivity, per prompt
 
 
@@ -89,7 +92,7 @@ def measure(
     names = instrument.site_names
     state = Accumulated(_identity(subject, names, prompts, seed, settings))
     if checkpoint is not None and os.path.exists(checkpoint):
-        state.load(checkpoint)
+        state.load(checkpoint, len(prompts))
         say(f"resuming after prompt {state.done} of {len(prompts)}")
     else:
         say("timing the nodes of one call")
@@ -99,17 +102,17 @@ def measure(
     with installed(target, instrument.denoiser()):
         for index in range(state.done, len(prompts)):
             say(f"prompt {index + 1} of {len(prompts)}")
-            own = [step for probe, step in enumerate(probes) if probe * len(prompts) // len(probes) == index]
+            own = _probed_with(index, probes, len(prompts))
             base = Run(keep_outputs=bool(own))
             samples = _generate(target, instrument, base, prompts[index], seed + index)
             state.add(base)
-            if not finite(samples.images):
+            if not all_finite(samples.images):
                 raise ProfileError(not_finite(subject, prompts[index], seed + index, f"prompt {index + 1}"))
             for step in own:
                 say(f"disturbing step {step + 1} of {len(run.levels)}")
                 disturbed = Run(disturbed=step, seed=seed + index, outputs=base.outputs)
                 moved = _generate(target, instrument, disturbed, prompts[index], seed + index).raw - samples.raw
-                if not finite(moved):
+                if not all_finite(moved):
                     raise ProfileError(
                         f"prompt {index + 1}: with a little noise in what the denoiser returns at step {step + 1} of "
                         f"{len(run.levels)} the final sample is NaN or infinite; leave it out, or check the dtype"
@@ -155,7 +158,7 @@ class Accumulated:
                 if site.ports not in known:
                     sketches, coordinates = (taken.rows(part, site) for part in (taken.sketches, taken.coordinates))
                     known[site.ports] = (gram_matrix(sketches), *neighbours(coordinates))
-                    if not finite(*known[site.ports]):
+                    if not all_finite(*known[site.ports]):
                         raise ProfileError(f"{prompt}: {_first_broken(run, steps)}; leave it out, or check the dtype")
                 for total, value in zip((self.gram, self.moved, self.size), known[site.ports], strict=True):
                     total[k, n] += value
@@ -188,11 +191,14 @@ class Accumulated:
         """Writes a checkpoint, atomically."""
         header = self.identity | {name: getattr(self, name) for name in ("done", "streams", "seconds", "probes")}
         header["costs"] = [asdict(cost) for cost in self.costs]
-        write_file(path, MARK, VERSION, header, {name: getattr(self, name) for name in SUMS})
+        write_tensors(path, MARK, VERSION, header, {name: getattr(self, name) for name in SUMS})
 
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Takes up a checkpoint. Raises ProfileError, naming the field, where it is of another calibration."""
-        header, tensors = read_file(path, MARK, VERSION)
+    def load(self, path: str | os.PathLike[str], prompts: int) -> None:
+        """Takes up a checkpoint of as many prompts.
+
+        Raises ProfileError, naming the file and the field, where it is of another calibration or malformed.
+        """
+        header, tensors = read_tensors(path, MARK, VERSION, ProfileError)
         for name, value in self.identity.items():
             if header.get(name) != value:
                 raise ProfileError(
@@ -200,12 +206,38 @@ class Accumulated:
                     f"({_short(value)}); delete the file or give another checkpoint="
                 )
         try:
-            self.done, self.streams, self.seconds = header["done"], header["streams"], header["seconds"]
-            self.probes = [(step, ratio) for step, ratio in header["probes"]]
-            self.costs = [SiteCost(**cost) for cost in header["costs"]]
-            self.gram, self.moved, self.size = (tensors[name] for name in SUMS)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProfileError(f"{path}: this checkpoint is malformed at {error}; delete the file") from error
+            self._check(header, tensors, prompts)
+        except ProfileError as error:
+            raise ProfileError(f"{path}: this checkpoint is malformed: {error}; delete the file") from error
+        self.done, self.streams, self.seconds = header["done"], header["streams"], header["seconds"]
+        self.probes = [(step, ratio) for step, ratio in header["probes"]]
+        self.costs = list(read_costs(header["costs"]))
+        self.gram, self.moved, self.size = (tensors[name] for name in SUMS)
+
+    def _check(self, header: dict[str, Any], tensors: dict[str, Tensor], prompts: int) -> None:
+        """Raises ProfileError, naming the field, for anything that `save` does not write after some prompt."""
+        known, steps, sites = (*self.identity, *STATE), len(self.identity["levels"]), self.identity["sites"]
+        for found, wanted in ((header, known), (tensors, SUMS)):
+            if odd := set(found) ^ set(wanted):
+                raise ProfileError(f"field {min(odd)!r:.80} is {'unknown' if min(odd) in found else 'missing'}")
+        done, streams, probes = header["done"], header["streams"], header["probes"]
+        if not whole(done, 1) or done > prompts:
+            raise ProfileError(f"field 'done' is {done!r:.80}, not a number of prompts from 1 to {prompts}")
+        if not finite(header["seconds"]) or header["seconds"] < 0:
+            raise ProfileError("field 'seconds' must be a finite number from 0 on")
+        named = isinstance(streams, list) and all(isinstance(name, str) and name for name in streams)
+        if not named or not streams or len(set(streams)) != len(streams):
+            raise ProfileError("field 'streams' must be different names, at least one")
+        if [cost.name for cost in read_costs(header["costs"])] != sites:
+            raise ProfileError("field 'costs' must have one entry a site, in the order of 'sites'")
+        spread = probe_steps(steps, prompts)
+        due = [step for index in range(done) for step in _probed_with(index, spread, prompts)]
+        pairs = isinstance(probes, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in probes)
+        if not pairs or [step for step, _ in probes] != due or not all(finite(r) and r >= 0 for _, r in probes):
+            raise ProfileError(f"field 'probes' must be a step and a finite number from 0 on, for each of {due}")
+        shape = (len(streams), len(sites), steps)
+        for name, sizes in zip(SUMS, ((*shape, steps), shape, shape), strict=True):
+            check_tensor(tensors[name], name, sizes, torch.float64)
 
 
 def _first_broken(run: Run, steps: int) -> str:
@@ -252,6 +284,11 @@ def probe_steps(steps: int, prompts: int) -> list[int]:
         if sum(steps - step for step in spread) <= budget and len(set(spread)) == count:
             return spread
     return [steps // 2]
+
+
+def _probed_with(index: int, probes: Sequence[int], prompts: int) -> list[int]:
+    """The steps of `probe_steps` that are disturbed in runs of the prompt of this index."""
+    return [step for probe, step in enumerate(probes) if probe * prompts // len(probes) == index]
 
 
 def measured_costs(run: Recording, sites: Sites, names: Sequence[str]) -> tuple[list[SiteCost], float]:

@@ -15,7 +15,7 @@ from dcc.record.target import installed
 from dcc.torch_internals import pytree
 
 
-def finite(*values: Tensor) -> bool:
+def all_finite(*values: Tensor) -> bool:
     """Whether no value is NaN or infinite."""
     return all(bool(value.isfinite().all()) for value in values)
 
@@ -53,7 +53,7 @@ class _Watch(Handler):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.module(*args, **kwargs)
-        if self.first is None and not finite(*(v for v in pytree.tree_leaves(outputs) if isinstance(v, Tensor))):
+        if self.first is None and not all_finite(*(v for v in pytree.tree_leaves(outputs) if isinstance(v, Tensor))):
             self.first = self.calls
         self.calls += 1
         return outputs

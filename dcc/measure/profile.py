@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -13,16 +11,16 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from dcc import arguments, files
+from dcc import arguments
 from dcc.errors import ProfileError
+from dcc.plans.fields import finite, read_fields, tuples, whole
 from dcc.record.fingerprint import fingerprint, weights_hash
+from dcc.tensor_file import read_tensors, write_tensors
 from dcc.text import count, human_bytes, render
 
-VERSION = 1
+MARK, VERSION = "dcc_profile", 2
 TENSORS = ("gram", "neighbours", "sensitivity")
 
 
@@ -117,8 +115,9 @@ class Profile:
                 raise ProfileError(f"{name}={arguments.shown(values)} must be a list, with an entry for each anchor")
         if len(anchors) != len(coefficients):
             raise ProfileError(f"{len(anchors)} anchors and {len(coefficients)} coefficients; give one for each")
-        for name, value in (("step", step), *(("a step of anchors", anchor) for anchor in anchors)):
-            arguments.whole(name, value, 0, self.steps - 1, ProfileError)
+        bad = [s for s in (step, *anchors) if type(s) is not int or not 0 <= s < self.steps]
+        if bad:
+            raise ProfileError(f"step {arguments.shown(bad[0])} is not among the profile's steps 0 to {self.steps - 1}")
         for coefficient in coefficients:
             arguments.number("a number of coefficients", coefficient, ProfileError)
         gram = self.matrix(site, stream)
@@ -126,10 +125,10 @@ class Profile:
         weights[step] += 1.0
         for anchor, coefficient in zip(anchors, coefficients, strict=True):
             weights[anchor] -= coefficient
-        missed, whole = max(float(weights @ gram @ weights), 0.0), float(gram[step, step])
-        if whole == 0:
+        missed, true = max(float(weights @ gram @ weights), 0.0), float(gram[step, step])
+        if true == 0:
             return math.inf if missed > 0 else 0.0
-        return math.sqrt(missed / whole)
+        return math.sqrt(missed / true)
 
     def check(self, module: nn.Module, scheduler: Any, dtype: torch.dtype | str | None = None) -> None:
         """Raises ProfileError, naming the field, unless the profile belongs to this denoiser, scheduler and dtype.
@@ -163,17 +162,17 @@ class Profile:
             "neighbours": self.neighbours.contiguous(),
             "sensitivity": self.sensitivity.contiguous(),
         }
-        write_file(path, "dcc_profile", VERSION, header, tensors)
+        write_tensors(path, MARK, VERSION, header, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Reads a profile that `save` wrote. Raises ProfileError, naming the file and the field, for anything else."""
         arguments.path("path", path, ProfileError)
-        header, tensors = read_file(path, "dcc_profile", VERSION)
+        header, tensors = read_tensors(path, MARK, VERSION, ProfileError)
         try:
-            parts: dict[str, Any] = {**_fields(header), **_unpacked(header, tensors)}
-            return cls(**parts)
-        except (ProfileError, TypeError) as error:
+            parts = _fields(header)
+            return cls(**parts | _unpacked(parts, tensors))
+        except ProfileError as error:
             raise ProfileError(f"{path}: {error}") from error
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -237,71 +236,50 @@ def dtype_of(module: nn.Module) -> str:
     return str(found).removeprefix("torch.")
 
 
-def write_file(
-    path: str | os.PathLike[str], mark: str, version: int, header: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
-    """Writes tensors and a JSON header as one safetensors file, atomically, with a checksum of the tensors."""
-    metadata = {mark: str(version), "header": json.dumps(header), "checksum": _checksum(tensors)}
-    files.write_file(path, save(tensors, metadata))
+def read_costs(data: Any) -> tuple[SiteCost, ...]:
+    """Sites' costs as a file holds them. Raises ProfileError, naming what is wrong, for anything else."""
+    if not isinstance(data, (list, tuple)) or not all(isinstance(cost, dict) for cost in data):
+        raise ProfileError("field 'costs' is malformed: it must be a list of objects")
+    costs = tuple(SiteCost(**read_fields(SiteCost, c, ProfileError, "field 'costs' is malformed: one")) for c in data)
+    if bad := [cost for cost in costs if not _is_cost(cost)]:
+        raise ProfileError(f"field 'costs' holds a malformed entry: {bad[:1]!r:.200}")
+    if len({cost.name for cost in costs}) != len(costs):
+        raise ProfileError("field 'costs' names a site twice")
+    return costs
 
 
-def read_file(path: str | os.PathLike[str], mark: str, version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write_file` wrote. Raises ProfileError, naming the file and what is wrong with it, for anything else."""
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except OSError as error:
-        raise ProfileError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise ProfileError(f"{path}: not a safetensors file, or cut short: {error}") from error
-    if mark not in metadata:
-        raise ProfileError(f"{path}: the field {mark!r} is missing, so this is no file of that kind")
-    if metadata[mark] != str(version):
-        raise ProfileError(f"{path}: field {mark!r} is {metadata[mark]!r}; this version of dcc reads {version}")
-    try:
-        header = json.loads(metadata.get("header", ""))
-    except ValueError as error:
-        raise ProfileError(f"{path}: field 'header' is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise ProfileError(f"{path}: field 'header' is not a JSON object")
-    if metadata.get("checksum") != _checksum(tensors):
-        raise ProfileError(f"{path}: field 'checksum' does not fit the tensors; the file was changed or damaged")
-    return header, tensors
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def check_tensor(tensor: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raises ProfileError, naming the field, unless the tensor has this shape and dtype and all of it is finite."""
+    if not isinstance(tensor, Tensor):
+        raise ProfileError(f"field {name!r} must be a tensor")
+    if tensor.dtype != dtype:
+        raise ProfileError(f"field {name!r} must be {dtype}, not {tensor.dtype}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ProfileError(f"field {name!r} has shape {list(tensor.shape)}, not {list(shape)}")
+    if not bool(tensor.isfinite().all()):
+        raise ProfileError(f"field {name!r} holds NaN or infinite values")
 
 
 def _fields(header: dict[str, Any]) -> dict[str, Any]:
     """The header's fields as the dataclass holds them."""
-    wanted = {f.name for f in dataclasses.fields(Profile)} - set(TENSORS)
-    for problem, names in (("is missing", wanted - set(header)), ("is unknown", set(header) - wanted)):
-        if names:
-            raise ProfileError(f"field {sorted(names)[0]!r} {problem}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in header.items()}
-    try:
-        values["costs"] = tuple(SiteCost(**cost) for cost in values["costs"])
-    except TypeError as error:
-        raise ProfileError(f"field 'costs' is malformed: {error}") from error
-    return values
+    wanted = [f.name for f in dataclasses.fields(Profile) if f.name not in TENSORS]
+    if missing := [name for name in wanted if name not in header]:
+        raise ProfileError(f"field {missing[0]!r} is missing")
+    if unknown := [name for name in header if name not in wanted]:
+        raise ProfileError(f"field {unknown[0]!r:.80} is unknown; there are: {', '.join(wanted)}")
+    return {name: tuples(value) for name, value in header.items()} | {"costs": read_costs(header["costs"])}
 
 
-def _unpacked(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _unpacked(parts: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The tensors of a file, with whole Gram matrices made of their stored upper halves."""
-    for name in TENSORS:
-        if name not in tensors:
-            raise ProfileError(f"field {name!r} is missing")
-    steps = len(header["levels"]) if isinstance(header.get("levels"), list) else 0
+    if set(tensors) != set(TENSORS):
+        name = min(set(tensors) ^ set(TENSORS))
+        raise ProfileError(f"field {name!r:.80} is {'unknown' if name in tensors else 'missing'}")
+    steps, sites, streams = (len(p) if isinstance(p := parts[n], tuple) else 0 for n in ("levels", "costs", "streams"))
     packed = tensors["gram"]
-    if packed.dim() != 3 or packed.shape[-1] != steps * (steps + 1) // 2:
+    if tuple(packed.shape) != (streams, sites, steps * (steps + 1) // 2) or not packed.numel():
         pairs = steps * (steps + 1) // 2
-        raise ProfileError(f"field 'gram' has shape {list(packed.shape)}, not [streams, sites, {pairs}]")
+        raise ProfileError(f"field 'gram' has shape {list(packed.shape)}, not {[streams, sites, pairs]}")
     upper = torch.triu_indices(steps, steps)
     gram = packed.new_zeros(*packed.shape[:2], steps, steps)
     gram[..., upper[0], upper[1]] = packed
@@ -323,17 +301,18 @@ def _check(profile: Profile) -> None:
         require(hexadecimal, name, f"must be 16 hexadecimal digits, not {value!r}")
     for name in ("flops", "prompts", "seed"):
         value = getattr(profile, name)
-        require(type(value) is int and value >= 0, name, f"must be a whole number from 0 on, not {value!r}")
+        require(whole(value), name, f"must be a whole number from 0 on, not {value!r:.80}")
     for name in ("seconds", "sensitivity_scale"):
         value = getattr(profile, name)
-        require(_is_number(value) and value >= 0, name, f"must be a finite number from 0 on, not {value!r}")
+        require(finite(value) and value >= 0, name, f"must be a finite number from 0 on, not {value!r:.80}")
     for name in ("settings", "versions"):
         require(isinstance(getattr(profile, name), dict), name, "must be an object")
-    for name, good in (("levels", _is_number), ("streams", _is_text), ("costs", _is_cost), ("probed", _is_index)):
+    require(all(map(_is_text, profile.versions.values())), "versions", "must hold texts")
+    for name, good in (("levels", finite), ("streams", _is_text), ("costs", _is_cost), ("probed", whole)):
         values = getattr(profile, name)
         require(isinstance(values, tuple) and bool(values), name, "must be a list with at least one entry")
         bad = [value for value in values if not good(value)]
-        require(not bad, name, f"holds a malformed entry: {bad[:1]}")
+        require(not bad, name, f"holds a malformed entry: {bad[:1]!r:.200}")
     steps, sites = len(profile.levels), len(profile.costs)
     require(profile.default in profile.sites, "default", f"is {profile.default!r}, which is none of the sites")
     require(len(set(profile.sites)) == sites, "costs", "names a site twice")
@@ -344,28 +323,15 @@ def _check(profile: Profile) -> None:
         "sensitivity": (steps,),
     }
     for name, shape in shapes.items():
-        tensor = getattr(profile, name)
-        dtype = torch.float64 if name == "gram" else torch.float32
-        require(isinstance(tensor, Tensor), name, "must be a tensor")
-        require(tensor.dtype == dtype, name, f"must be {dtype}, not {tensor.dtype}")
-        require(tuple(tensor.shape) == shape, name, f"has shape {list(tensor.shape)}, not {list(shape)}")
-        require(bool(tensor.isfinite().all()), name, "holds NaN or infinite values")
+        check_tensor(getattr(profile, name), name, shape, torch.float64 if name == "gram" else torch.float32)
     require(bool((profile.gram.diagonal(dim1=-2, dim2=-1) >= 0).all()), "gram", "has a negative squared norm")
     require(torch.equal(profile.gram, profile.gram.mT), "gram", "is not symmetric")
     require(bool((profile.neighbours >= 0).all()), "neighbours", "holds negative values")
     require(bool((profile.sensitivity >= 0).all()), "sensitivity", "holds negative values")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
-
-
-def _is_index(value: Any) -> bool:
-    return type(value) is int and value >= 0
 
 
 def _is_cost(value: Any) -> bool:
@@ -373,8 +339,8 @@ def _is_cost(value: Any) -> bool:
         isinstance(value, SiteCost)
         and _is_text(value.name)
         and _is_text(value.kind)
-        and _is_index(value.flops)
-        and _is_index(value.bytes)
-        and _is_number(value.seconds)
+        and whole(value.flops)
+        and whole(value.bytes)
+        and finite(value.seconds)
         and value.seconds >= 0
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from dcc.files import write_file
 
 NAMED = 6  # curves with a name and a colour of their own
 DARK, GREY, ACCENT = "#22303c", "#b8c0c8", "#c2410c"
@@ -34,7 +38,7 @@ class Curves:
 
 
 def plot(profile: Curves, path: str | os.PathLike[str]) -> None:
-    """Writes the picture; its format follows from the suffix of `path`."""
+    """Writes the picture, atomically; its format follows from the suffix of `path`, PNG where it has none."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.05, 1.35, 1))
     _similarity(figure, left, profile)
@@ -48,7 +52,9 @@ def plot(profile: Curves, path: str | os.PathLike[str]) -> None:
         axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
     figure.suptitle(profile.title, color=DARK, fontsize=11)
-    figure.savefig(path, dpi=130)
+    data = io.BytesIO()
+    figure.savefig(data, format=Path(path).suffix[1:] or "png", dpi=130)
+    write_file(path, data.getvalue())
 
 
 def _similarity(figure: Figure, axes: Axes, profile: Curves) -> None:

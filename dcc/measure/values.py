@@ -10,7 +10,7 @@ from torch import Tensor
 from dcc import arguments
 from dcc.discover.subject import Subject
 from dcc.errors import ProfileError
-from dcc.measure.finite import finite
+from dcc.measure.finite import all_finite
 from dcc.passes.base import Row
 from dcc.passes.insert_cache_writes import Writes
 from dcc.passes.values import Write
@@ -32,7 +32,7 @@ def recorded_values(subject: Subject, site: str, prompt: Any, seed: int) -> Tens
     with installed(subject.target, net):
         subject.target.generate([prompt], [seed])
     for step, value in enumerate(net.values):
-        if not finite(value):
+        if not all_finite(value):
             raise ProfileError(
                 f"prompt 1 ({arguments.shown(prompt)}): site {site!r} is NaN or infinite from step {step + 1} of "
                 f"{len(net.values)} on; leave it out, or check the dtype"

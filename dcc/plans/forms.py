@@ -10,13 +10,13 @@ Each of the `predictors` makes one row of coefficients, and a plan keeps a site'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dcc.errors import PlanError, PolicyError
 from dcc.kernels.band_split import TRANSFORMS
+from dcc.plans.fields import finite, whole
 from dcc.plans.kinds import kinds_of
 from dcc.plans.predictors import Predictor
 
@@ -92,7 +92,7 @@ class TokensForm(Form):
 
     @classmethod
     def of(cls, fields: Any) -> TokensForm:
-        if not isinstance(fields, Mapping) or fields.get("select") not in SELECTORS:
+        if not isinstance(fields, Mapping) or fields.get("select") not in list(SELECTORS):
             raise PlanError(f"'tokens' must be an object whose 'select' is one of {', '.join(SELECTORS)}")
         select = fields["select"]
         wanted = {"select", *SELECTORS[select], *(() if select in NO_RATIO else ("ratio",))}
@@ -101,11 +101,13 @@ class TokensForm(Form):
                 f"'tokens' with select={select!r} must have {', '.join(sorted(wanted))}; it has {sorted(fields)}"
             )
         numbers = [v for name in wanted - {"select"} for v in _listed(fields[name])]
-        if not numbers or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers):
-            raise PlanError("'tokens' must hold numbers besides 'select'")
+        if any(isinstance(fields[name], (list, tuple)) for name in wanted - {"ratio"}) or not all(map(finite, numbers)):
+            raise PlanError("'tokens' must hold finite numbers besides 'select'")
+        if not whole(fields.get("clusters", 1), 1):
+            raise PlanError("'tokens' must have a whole number of 1 or more as its 'clusters'")
         ratio = fields.get("ratio")
         ratio = tuple(ratio) if isinstance(ratio, (list, tuple)) else ratio
-        if not all(0 < share <= 1 for share in _listed(1.0 if ratio is None else ratio)):
+        if ratio == () or not all(0 < share <= 1 for share in _listed(1.0 if ratio is None else ratio)):
             raise PlanError("'tokens' must have a ratio in (0, 1], or a list of them, one per site")
         options = tuple((name, fields[name]) for name in SELECTORS[select])
         return cls(select, ratio, options, tuple(fields))
@@ -140,7 +142,7 @@ class CorrectorForm(Form):
 
     @classmethod
     def of(cls, fields: Any) -> CorrectorForm:
-        if not isinstance(fields, Mapping) or fields.get("kind") not in CORRECTORS:
+        if not isinstance(fields, Mapping) or fields.get("kind") not in list(CORRECTORS):
             raise PlanError(f"'corrector' must be an object whose 'kind' is one of {', '.join(CORRECTORS)}")
         kind, wanted = fields["kind"], CORRECTORS[fields["kind"]]
         if set(fields) != set(wanted):
@@ -151,7 +153,7 @@ class CorrectorForm(Form):
             if not isinstance(fields["weights"], str):
                 raise PlanError("'corrector' must have a path as its 'weights'")
             return cls(kind, weights=fields["weights"])
-        if not _count(fields["rank"]):
+        if not whole(fields["rank"], 1):
             raise PlanError("'corrector' must have a whole number of 1 or more as its 'rank'")
         if not (fields["channels"] is None or isinstance(fields["channels"], str)):
             raise PlanError("'corrector' must have a path as 'channels'")
@@ -188,9 +190,11 @@ class BandsForm(Form):
         grid, cutoff = fields["grid"], fields["cutoff"]
         if fields["transform"] not in TRANSFORMS:
             raise PlanError(f"'bands' must have a transform of {', '.join(TRANSFORMS)}")
-        if not _number(cutoff) or not 0 <= cutoff <= 1:
+        if not finite(cutoff) or not 0 <= cutoff <= 1:
             raise PlanError("'bands' must have a cutoff from 0 to 1")
-        if grid is not None and not (isinstance(grid, (list, tuple)) and len(grid) == 2 and all(map(_count, grid))):
+        if grid is not None and not (
+            isinstance(grid, (list, tuple)) and len(grid) == 2 and all(whole(n, 1) for n in grid)
+        ):
             raise PlanError("'bands' must have a grid of two whole numbers, or null")
         if not isinstance(fields["predictors"], (list, tuple)) or len(fields["predictors"]) != 2:
             raise PlanError("'bands' must have two predictors, low and high")
@@ -224,7 +228,7 @@ class ClustersForm(Form):
         labels, predictors = fields["of_channel"], fields["predictors"]
         if not isinstance(predictors, (list, tuple)) or not predictors:
             raise PlanError("'clusters' must have a list of predictors, one per cluster")
-        good = isinstance(labels, (list, tuple)) and labels and all(isinstance(v, int) and v >= 0 for v in labels)
+        good = isinstance(labels, (list, tuple)) and labels and all(map(whole, labels))
         if not good or set(labels) != set(range(len(predictors))):
             raise PlanError(
                 f"'clusters' must name one of the {len(predictors)} clusters for each channel, and each cluster at "
@@ -272,11 +276,3 @@ def _read(kind: str, data: Sequence[Any]) -> tuple[Predictor, ...]:
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

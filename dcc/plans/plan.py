@@ -7,15 +7,15 @@ import functools
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from dcc import arguments
 from dcc.decisions import Decision
 from dcc.errors import PlanError, PolicyError
+from dcc.files import parse_json, read_bytes, write_file
+from dcc.plans.fields import finite, required, tuples, whole
 from dcc.plans.forms import Form, TokensForm, flat, split
 from dcc.plans.predictors import Predictor
 from dcc.plans.triggers import Trigger
@@ -137,28 +137,26 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, atomically: `path` holds the old file or the whole new one."""
         arguments.new_file("path", path, PlanError)
-        text = json.dumps(self.as_json(), indent=1)
-        part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
-        part.write_text(text)
-        os.replace(part, path)
+        write_file(path, json.dumps(self.as_json(), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Reads a plan that `save` wrote. Raises PlanError, naming the file and the field, for anything else."""
         arguments.path("path", path, PlanError)
-        try:
-            data = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise PlanError(f"{path}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise PlanError(f"{path}: not a dcc plan, it is not JSON: {error}") from error
+        data = parse_json(read_bytes(path, PlanError), f"{path}: not a dcc plan, it", PlanError)
         if not isinstance(data, dict) or "dcc_plan" not in data:
             raise PlanError(f"{path}: not a dcc plan, the field 'dcc_plan' is missing")
-        if data.pop("dcc_plan") != VERSION:
+        version = data.pop("dcc_plan")
+        if version != VERSION or not whole(version):
             raise PlanError(f"{path}: written by another version of dcc; this one reads plans of version {VERSION}")
         try:
-            return cls(**{name: _tuples(value) if isinstance(value, list) else value for name, value in data.items()})
-        except (TypeError, PlanError) as error:
+            known = [field.name for field in fields(cls)]
+            missing, unknown = [n for n in required(cls) if n not in data], [n for n in data if n not in known]
+            for name in (*missing, *unknown):
+                problem = "is missing" if name in missing else f"is unknown; a plan has: {', '.join(known)}"
+                raise PlanError(f"plan field {name!r:.80} {problem}")
+            return cls(**{name: tuples(value) for name, value in data.items()})
+        except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
@@ -269,14 +267,10 @@ def describe(measured: dict[str, Any]) -> str:
     return text
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
 def _read_values(plan: Plan) -> None:
     """Replaces forms, triggers and predictors that were given as a file holds them by the values they stand for."""
     try:
-        trigger = Trigger.from_json(plan.trigger) if plan.trigger else None
+        trigger = None if plan.trigger in (None, {}) else Trigger.from_json(plan.trigger)
         predictors = plan.predictors
         if isinstance(predictors, (list, tuple)):
             predictors = tuple(Predictor.from_json(data) for data in predictors)
@@ -305,23 +299,30 @@ def _check(plan: Plan) -> None:
         require(isinstance(getattr(plan, name), tuple), name, "must be a list")
     for name in ("parameters", "measured"):
         require(isinstance(getattr(plan, name), dict), name, "must be an object")
-    require(
-        bool(plan.levels) and all(_finite(v) for v in plan.levels), "levels", "must be finite numbers, at least one"
-    )
+    require(bool(plan.levels) and all(finite(v) for v in plan.levels), "levels", "must be finite numbers, at least one")
     require(bool(plan.sites) and all(isinstance(s, str) for s in plan.sites), "sites", "must be names, at least one")
+    wanted = ["prompts", "psnr_mean", "psnr_worst"] + ["fewer_steps"] * ("fewer_steps_psnr" in plan.measured)
     require(
-        not plan.measured or all(_finite(plan.measured.get(name)) for name in ("prompts", "psnr_mean", "psnr_worst")),
+        not plan.measured
+        or (
+            all(finite(plan.measured.get(name)) for name in wanted)
+            and all(
+                finite(value) or (name == "forecast" and isinstance(value, str))
+                for name, value in plan.measured.items()
+            )
+        ),
         "measured",
-        "must be empty or hold numbers for prompts, psnr_mean and psnr_worst",
+        f"must be empty or hold finite numbers, those of {', '.join(wanted)} at least, and the text of 'forecast'",
     )
     require(
-        isinstance(plan.limits, tuple) and len(plan.limits) in (0, len(plan.levels)) and all(map(_finite, plan.limits)),
+        isinstance(plan.limits, tuple) and len(plan.limits) in (0, len(plan.levels)) and all(map(finite, plan.limits)),
         "limits",
         "must be empty or hold a finite number a level",
     )
     for name in ("flops", "flops_uncached", "cache_bytes"):
         value = getattr(plan, name)
-        require(isinstance(value, int) and value >= 0, name, "must be a non-negative whole number")
+        good = isinstance(value, int) and finite(value) and value >= 0
+        require(good, name, "must be a non-negative whole number")
     _check_table(plan, require)
 
 
@@ -343,15 +344,15 @@ def _check_table(plan: Plan, require: Callable[[bool, str, str], None]) -> None:
             f"must be empty or hold {width} objects, one per site",
         )
     require(bool(plan.predictors) == bool(plan.trigger), "predictors", "must be there with a trigger, and only then")
+    decided = len(plan.trigger.sample_row(width)) if plan.trigger else width
+    require(decided == width, "trigger", f"decides for {decided} sites; the plan has {width}")
     for form in plan.forms:
         require(
             not (form and plan.trigger), "forms", f"may have {form.kind!r} in a static schedule only" if form else ""
         )
-    whole = [not isinstance(plan.form(k), TokensForm) for k in range(width)]
-    plain = (Decision.FORECAST, Decision.COMPUTE)
-    good = all(
-        v in plain or (v == Decision.REFRESH and not whole[k]) for row in plan.schedule for k, v in enumerate(row)
-    )
+    uniform = [not isinstance(plan.form(k), TokensForm) for k in range(width)]
+    allowed = [(0, 1) if plain else (0, 1, 2) for plain in uniform]
+    good = all(whole(v) and v in allowed[k] for row in plan.schedule for k, v in enumerate(row))
     require(good, "schedule", "must hold 0 and 1 only, and 2 where the site's form has 'tokens'")
     computed = [0] * width
     for step, row in enumerate(plan.schedule):
@@ -359,7 +360,7 @@ def _check_table(plan: Plan, require: Callable[[bool, str, str], None]) -> None:
             values = plan.coefficients[step][k]
             where = f"at step {step}, site {plan.sites[k]!r}"
             require(
-                isinstance(values, tuple) and all(_finite(v) for v in values),
+                isinstance(values, tuple) and all(finite(v) for v in values),
                 "coefficients",
                 f"{where} must be finite numbers",
             )
@@ -374,7 +375,3 @@ def _check_table(plan: Plan, require: Callable[[bool, str, str], None]) -> None:
                     "coefficients",
                     f"{where} must be 1 to {computed[k]} numbers, one an anchor{each}",
                 )
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

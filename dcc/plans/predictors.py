@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
 from dcc.errors import PolicyError
+from dcc.plans.fields import finite, whole
 
 MAX_ORDER = 4
 RULES: dict[str, Callable[..., np.ndarray]] = {}  # by name; `rule` adds to both
@@ -49,17 +50,17 @@ class Predictor:
     options: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.name not in RULES:
+        if not isinstance(self.name, str) or self.name not in RULES:
             raise PolicyError(f"unknown predictor {self.name!r}; there are: {', '.join(RULES)}")
         low, high = orders_of(self.name)
-        if not isinstance(self.order, int) or not low <= self.order <= high:
+        if not whole(self.order) or not low <= self.order <= high:
             raise PolicyError(f"order={self.order!r}: the {self.name} predictor takes an order from {low} to {high}")
         known = _options(self.name)
         for name, value in self.options:
             if name not in known:
                 takes = ", ".join(known) or "none"
                 raise PolicyError(f"the {self.name} predictor has no option {name!r}; it takes: {takes}")
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            if not finite(value):
                 raise PolicyError(f"{name}={value!r}: an option of the {self.name} predictor is a finite number")
 
     @property
@@ -71,14 +72,20 @@ class Predictor:
         """Coefficients for `step`, given the steps of the anchors, newest first; as many as anchors are used.
 
         With fewer anchors than the order needs, the order drops. Raises ValueError where there is no anchor, or where
-        the anchors are not strictly decreasing steps before `step`.
+        the anchors are not strictly decreasing steps before `step`, PolicyError where its options make infinity.
         """
         used = list(anchors)[: self.anchors]
         if not used:
             raise ValueError("a forecast needs at least one anchor")
         if not all(a > b for a, b in zip([step, *used], used, strict=False)):
             raise ValueError(f"anchors {used} must be strictly decreasing steps before {step}")
-        return [float(a) for a in RULES[self.name](step, used, **dict(self.options))]
+        try:
+            found = [float(a) for a in RULES[self.name](step, used, **dict(self.options))]
+        except (OverflowError, ZeroDivisionError):  # options that are far too large, or a power of zero
+            found = [math.inf]
+        if not all(map(math.isfinite, found)):
+            raise PolicyError(f"the predictor {self} gives no finite coefficients at step {step}; change its options")
+        return found
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
@@ -89,10 +96,10 @@ class Predictor:
         """The predictor that `as_json` wrote. Raises PolicyError for anything else."""
         if isinstance(data, Predictor):
             return data
-        try:
-            return cls(data["name"], data["order"], tuple(data["options"].items()))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PolicyError(f"a predictor needs name, order and options; got {data!r:.80}") from error
+        names = {"name", "order", "options"}
+        if not isinstance(data, Mapping) or set(data) != names or not isinstance(data["options"], Mapping):
+            raise PolicyError(f"a predictor needs name, order and options; got {data!r:.80}")
+        return cls(data["name"], data["order"], tuple(data["options"].items()))
 
     def __str__(self) -> str:
         text = self.name if orders_of(self.name) == (0, 0) else f"{self.name} {self.order}"

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import types
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from dcc.decisions import Decision
+from dcc.plans.fields import required
 from dcc.plans.forms import CORRECTORS, NO_RATIO, SELECTORS, TRANSFORMS, Form
 from dcc.plans.kinds import kinds_of
 from dcc.plans.plan import VERSION, Plan
@@ -37,7 +38,7 @@ def plan_schema() -> dict[str, Any]:
         "title": "dcc plan",
         "type": "object",
         "properties": {"dcc_plan": {"const": VERSION}, **properties},
-        "required": ["dcc_plan", *_required(Plan)],
+        "required": ["dcc_plan", *required(Plan)],
         "additionalProperties": False,
         "$defs": {"predictor": _predictor(), "trigger": _trigger(), "form": _form()},
     }
@@ -60,11 +61,6 @@ def schema_of(hint: Any) -> dict[str, Any]:
     if hint not in plain:
         raise TypeError(f"{hint!r} has no spelling in a plan file")
     return {"type": plain[hint]}
-
-
-def _required(cls: Any) -> list[str]:
-    """The fields without a default."""
-    return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def _predictor() -> dict[str, Any]:
@@ -94,7 +90,7 @@ def _trigger() -> dict[str, Any]:
             {
                 "type": "object",
                 "properties": {"kind": {"const": kind}, **{f.name: schema_of(hints[f.name]) for f in fields(cls)}},
-                "required": ["kind", *_required(cls)],
+                "required": ["kind", *required(cls)],
                 "additionalProperties": False,
             }
         )

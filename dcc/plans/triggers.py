@@ -8,11 +8,12 @@ step's, so that no step reads the device more than once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from dcc.decisions import Decision
 from dcc.errors import PolicyError
+from dcc.plans.fields import read_fields
 from dcc.plans.kinds import kinds_of
 
 BEFORE, AFTER = "before", "after"
@@ -97,7 +98,10 @@ class Trigger:
         return None
 
     def sample_row(self, sites: int) -> tuple[int, ...]:
-        """A row that this trigger may ask for, other than the one that computes everything."""
+        """A row that this trigger may ask for, other than the one that computes everything.
+
+        One that decides for each of its own sites gives a row of them; a plan of other sites does not fit it.
+        """
         return (int(Decision.FORECAST),) * sites
 
     def as_json(self) -> dict[str, Any]:
@@ -110,19 +114,13 @@ class Trigger:
         if isinstance(data, Trigger):
             return data
         kinds = kinds_of(Trigger)
-        if not isinstance(data, Mapping) or data.get("kind") not in kinds:
+        kind = data.get("kind") if isinstance(data, Mapping) else None
+        if not isinstance(kind, str) or kind not in kinds:
             raise PolicyError(f"unknown trigger {data!r:.80}; there are: {', '.join(kinds)}")
-        cls = kinds[data["kind"]]
-        known = {f.name for f in fields(cls)}
-        unknown = [name for name in data if name not in known | {"kind"}]
-        if unknown:
-            raise PolicyError(
-                f"trigger {cls.kind!r} has no field {', '.join(unknown)}; it has: {', '.join(sorted(known))}"
-            )
-        try:
-            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items() if name != "kind"})
-        except TypeError as error:
-            raise PolicyError(f"trigger {cls.kind!r}: {error}") from error
+        given = {name: value for name, value in data.items() if name != "kind"}
+        found = kinds[kind](**read_fields(kinds[kind], given, PolicyError, f"trigger {kind!r}"))
+        _ = found.measures  # which refuse what they do not know
+        return found
 
 
 @dataclass(frozen=True)
@@ -277,6 +275,9 @@ class Codebook(Trigger):
 
     kind: ClassVar[str] = "codebook"
 
+    def __post_init__(self) -> None:
+        _same_length(self, "bounds", "gaps")
+
     @property
     def measures(self) -> tuple[Measure, ...]:
         return tuple(Measure(site, "anchor", when=AFTER, residual=self.residual) for site in self.sites)
@@ -313,6 +314,12 @@ class Verify(Trigger):
     max_skip: int = 8
 
     kind: ClassVar[str] = "verify"
+
+    def __post_init__(self) -> None:
+        if self.decay < 0:
+            raise PolicyError(
+                f"trigger {self.kind!r}: field 'decay' is {self.decay}; a root of it is taken, give 0 or more"
+            )
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -362,7 +369,7 @@ class Layerwise(Trigger):
         return self._after(max(index for index, ok in enumerate(within) if ok))
 
     def sample_row(self, sites: int) -> tuple[int, ...]:
-        return self._after(sites - 1) if self.prefix else (0,) * sites
+        return self._after(len(self.sites) - 1) if self.prefix else (0,) * len(self.sites)
 
     def _after(self, last: int) -> tuple[int, ...]:
         return tuple(IDLE if index < last else int(index > last) for index in range(len(self.sites)))
@@ -393,6 +400,9 @@ class Coarsest(Trigger):
 
     kind: ClassVar[str] = "coarsest"
 
+    def __post_init__(self) -> None:
+        _same_length(self, "sites", "bounds")
+
     @property
     def measures(self) -> tuple[Measure, ...]:
         return tuple(Measure(site, "anchor", when=AFTER) for site in self.sites)
@@ -404,7 +414,7 @@ class Coarsest(Trigger):
         return tuple(0 if index == chosen else IDLE for index in range(len(self.sites)))
 
     def sample_row(self, sites: int) -> tuple[int, ...]:
-        return (0,) + (IDLE,) * (sites - 1)
+        return (0,) + (IDLE,) * (len(self.sites) - 1)
 
     def learn(self, memory: Memory, step: int, computed: bool, values: Values) -> None:
         found = [values.get(measure.name) for measure in self.measures]
@@ -413,3 +423,9 @@ class Coarsest(Trigger):
         per_step = [change / (step - memory.last) for change in found if change is not None]
         fitting = [i for i, (c, bound) in enumerate(zip(per_step, self.bounds, strict=True)) if c < bound]
         memory.numbers["chosen"] = float(fitting[0] if fitting else IDLE)
+
+
+def _same_length(trigger: Trigger, first: str, second: str) -> None:
+    sizes = [len(getattr(trigger, name)) for name in (first, second)]
+    if sizes[0] != sizes[1]:
+        raise PolicyError(f"trigger {trigger.kind!r}: {first!r} has {sizes[0]} entries and {second!r} {sizes[1]}")

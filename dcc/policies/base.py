@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from dcc import arguments
 from dcc.errors import PolicyError, SettingError, SiteError
+from dcc.files import parse_json, read_bytes
+from dcc.plans.fields import finite
 from dcc.plans.predictors import Predictor, Switched, Table
 
 if TYPE_CHECKING:
@@ -242,15 +242,15 @@ def read_table(table: Sequence[Sequence[float]] | str) -> list[list[float]]:
         path, kind = table, "safetensors" if table.endswith(".safetensors") else "JSON"
         try:
             if kind == "safetensors":
-                (table,) = (tensor.tolist() for tensor in load_file(path).values())
+                (table,) = (tensor.tolist() for tensor in load(read_bytes(path, PolicyError)).values())
             else:
-                table = json.loads(Path(path).read_text())
-        except (OSError, ValueError, SafetensorError) as error:
+                table = parse_json(read_bytes(path, PolicyError), path, PolicyError)
+        except (PolicyError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as error:  # odd dtypes too
             raise PolicyError(f"mask={path!r}: cannot be read as one {kind} table: {error}") from error
     if not isinstance(table, Sequence) or not all(isinstance(row, Sequence) for row in table):
         raise PolicyError("mask must be a list of rows, one per step, or a .json or .safetensors file that holds one")
-    if any(not isinstance(value, (int, float)) for row in table for value in row):
-        raise PolicyError("mask must hold numbers only, one per step and branch")
+    if not all(finite(value) or isinstance(value, bool) for row in table for value in row):
+        raise PolicyError("mask must hold numbers only, finite ones, one per step and branch")
     rows: Any = table
     return [list(row) for row in rows]
 

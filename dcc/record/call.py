@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +25,9 @@ class Call:
     """Arguments of one denoiser call: the tensors by path, and everything else as the signature.
 
     `names[i]` is a readable path such as `hidden_states` or `added_cond_kwargs.time_ids`. `signature` is hashable and
-    equal for calls that one graph can serve, up to shapes.
+    equal for calls that one graph can serve, up to shapes. `numbers` are the names of tensors that were Python numbers.
+    `autocast` is the dtype of the autocast that surrounds the call, None where there is none. `given` are the arguments
+    as the caller gave them.
     """
 
     names: tuple[str, ...]
@@ -29,25 +35,59 @@ class Call:
     constants: dict[str, Any]
     spec: pytree.TreeSpec
     leaf_names: tuple[str, ...]
+    numbers: frozenset[str] = frozenset()
+    autocast: torch.dtype | None = None
+    given: tuple[tuple[Any, ...], dict[str, Any]] | None = field(default=None, compare=False, repr=False)
 
-    @property
+    @functools.cached_property
     def signature(self) -> tuple[Any, ...]:
         kinds = tuple((t.dim(), t.dtype, t.device) for t in self.tensors)
-        return self.names, kinds, tuple(self.constants.items())
+        constants = tuple((name, type(value), value) for name, value in self.constants.items())
+        return self.names, kinds, constants, self.spec, self.autocast
 
-    @property
+    @functools.cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of its tensors."""
         return tuple(tuple(tensor.shape) for tensor in self.tensors)
 
-    def arguments(self, tensors: tuple[Tensor, ...] | None = None) -> dict[str, Any]:
-        """The keyword arguments of the call, with other tensors if given."""
+    def arguments(self, tensors: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        """The keyword arguments of the call as a graph takes them: numbers that change from step to step as tensors."""
         values = dict(zip(self.names, self.tensors if tensors is None else tensors, strict=True)) | self.constants
         return pytree.tree_unflatten([values[name] for name in self.leaf_names], self.spec)
+
+    def own_arguments(self, tensors: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        """The keyword arguments as the module itself takes them: numbers are numbers again."""
+        tensors = self.tensors if tensors is None else tensors
+        return self.arguments([t.item() if n in self.numbers else t for n, t in zip(self.names, tensors, strict=True)])
+
+    def twin(self) -> Call:
+        """The same call on copies of its tensors, which a module that writes to its inputs may have."""
+        copies = {id(t): _copy(t) for t in self.tensors}
+        return replace(self, tensors=tuple(copies[id(t)] for t in self.tensors))
 
     def contiguous(self) -> Call:
         """The same call with dense tensors, as lowered code expects; copies only what is not dense."""
         return replace(self, tensors=tuple(tensor.contiguous() for tensor in self.tensors))
+
+    def without_autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """For running a graph: what autocast would cast is cast in the graph already."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.tensors[0].device.type, enabled=False)
+
+
+SERVED: ContextVar[Call] = ContextVar("dcc_served")  # the call that a compiled denoiser is serving
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy of the same strides; an expanded tensor, in which one value is written to many places, stays itself."""
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor if expanded else tensor.detach().clone()
+
+
+def _autocast(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    kind = tensors[0].device.type if tensors else "cpu"
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_tensors: frozenset[str]) -> Call:
@@ -71,12 +111,13 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_te
         else:
             arguments[name] = value
     leaves, spec = pytree.tree_flatten_with_path(arguments)
-    names, tensors, tensor_names, constants = [], [], [], {}
+    names, tensors, tensor_names, numbers, constants = [], [], [], [], {}
     for path, value in leaves:
         name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
         names.append(name)
         if name in as_tensors and isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
+            value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+            numbers.append(name)
         if isinstance(value, Tensor):
             tensor_names.append(name)
             tensors.append(value)
@@ -87,7 +128,16 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_te
                 f"argument {name!r} of {type(module).__name__} is a {type(value).__name__}; "
                 "dcc takes tensors, numbers, strings, and lists or dicts of them"
             )
-    return Call(tuple(tensor_names), tuple(tensors), constants, spec, tuple(names))
+    return Call(
+        tuple(tensor_names),
+        tuple(tensors),
+        constants,
+        spec,
+        tuple(names),
+        frozenset(numbers),
+        _autocast(tensors),
+        (args, kwargs),
+    )
 
 
 _SIGNATURES: WeakKeyDictionary[Any, dict[bool, inspect.Signature]] = WeakKeyDictionary()

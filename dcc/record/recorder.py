@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,11 +82,19 @@ class _Input:
 
 
 class Recorder(Handler):
-    """Watches the denoiser during one run and remembers its calls."""
+    """Watches the denoiser during one run and remembers its calls.
 
-    def __init__(self, module: nn.Module, only_first: bool = False) -> None:
+    `at_first` is given the first call, inside that call, and ends the run; `as_tensors` names numbers that move.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        at_first: Callable[[Call], None] | None = None,
+        as_tensors: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__(module)
-        self.only_first = only_first
+        self.at_first, self.as_tensors = at_first, as_tensors
         self.first: Call | None = None
         self.contexts: list[str | None] = []
         self.numbers: dict[str, set[float]] = {}
@@ -93,10 +102,11 @@ class Recorder(Handler):
         self.calls = 0
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        call = bind(self.module, args, kwargs, frozenset())
+        call = bind(self.module, args, kwargs, self.as_tensors)
         if self.first is None:
             self.first = call
-            if self.only_first:
+            if self.at_first is not None:
+                self.at_first(call)
                 raise StopAfterFirstCall
         self.calls += 1
         self.contexts.append(self.position.name if self.position else None)
@@ -113,6 +123,8 @@ class Recorder(Handler):
         if self.first is None:
             raise CaptureError(f"the run never called the denoiser ({type(self.module).__name__})")
         as_tensors = frozenset(name for name, values in self.numbers.items() if len(values) > 1)
+        if as_tensors and self.first.given is not None:
+            self.first = bind(self.module, *self.first.given, as_tensors)
         time, scalars = self._time()
         steps = len(set(scalars)) or self.calls
         per_step = math.ceil(self.calls / steps)

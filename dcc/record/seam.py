@@ -28,6 +28,7 @@ from dcc.errors import AlreadyCompiledError, PipelineError
 from dcc.torch_internals import COMPILED_CALL, plain_call
 
 HANDLER = "_dcc"  # the entry that holds the handler
+BOOKKEEPING = ("_dcc_before", "_dcc_entries")
 SAVED = ("dcc", "plan.json")  # where save_pretrained puts the plan, in the folder of the denoiser
 
 _ORIGINALS: ContextVar[frozenset[int]] = ContextVar("dcc_originals", default=frozenset())  # ids of plain modules
@@ -109,8 +110,8 @@ def install(module: nn.Module, handler: Handler) -> None:
     own |= {name: value for name, value in entries.items() if not hasattr(module, name)}
     if "plan" in entries and hasattr(module, "save_pretrained"):
         own["save_pretrained"] = _saves(module, entries["plan"])
-    own["_dcc_before"] = {name: vars(module)[name] for name in own if name in vars(module)}
-    own["_dcc_entries"] = {name: own[name] for name in own if name != "_dcc_before"}
+    before = {name: vars(module)[name] for name in own if name in vars(module)}
+    own |= {"_dcc_before": before, "_dcc_entries": dict(own)}
     vars(module).update(own)
 
 
@@ -153,6 +154,28 @@ def disabled(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         _ORIGINALS.reset(token)
+
+
+def own_vars(module: nn.Module) -> dict[str, Any]:
+    """The module's own attributes, without what installing added; what has replaced that since is the module's own."""
+    own = vars(module)
+    if HANDLER not in own:
+        return own
+    entries, before = own["_dcc_entries"], own["_dcc_before"]
+    kept = {}
+    for name, value in own.items():
+        if name not in entries or entries[name] is not value:
+            kept[name] = value
+        elif name in before:
+            kept[name] = before[name]
+    for name in BOOKKEEPING:
+        kept.pop(name, None)
+    return kept
+
+
+def is_of_the_seam(attributes: dict[Any, Any], name: Any) -> bool:
+    """Whether an entry of a module's own dictionary is one that installing sets."""
+    return name in BOOKKEEPING or name in attributes.get("_dcc_entries", {})
 
 
 def _runs_plain(module: nn.Module) -> bool:
@@ -221,7 +244,6 @@ def _refusal(module: nn.Module) -> Callable[..., Any]:
 
 def _plain_state(module: nn.Module) -> dict[str, Any]:
     """What copying and pickling keep of the module: all but what installing added."""
-    state = type(module).__getstate__(module)
-    entries, before = state.get("_dcc_entries", {}), state.get("_dcc_before", {})
-    plain = {name: value for name, value in state.items() if name not in entries and not name.startswith("_dcc_")}
-    return plain | {name: value for name, value in before.items() if name in state}
+    own, state = own_vars(module), type(module).__getstate__(module)
+    ours = {name for name in state if is_of_the_seam(state, name)}
+    return {name: own[name] if name in ours else state[name] for name in state if name in own or name not in ours}

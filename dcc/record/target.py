@@ -305,9 +305,9 @@ def installed(target: Target, handler: seam.Handler | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(target: Target, only_first: bool = False) -> Iterator[Recorder]:
+def recording(target: Target, recorder: Recorder | None = None) -> Iterator[Recorder]:
     """Sets a Recorder on the denoiser inside the context, and always puts back what was there before."""
-    recorder = Recorder(target.module, only_first)
+    recorder = recorder or Recorder(target.module)
     try:
         with installed(target, recorder), torch.no_grad(), torch.random.fork_rng():
             yield recorder

@@ -18,7 +18,7 @@ from dcc.compiler import check_plan, compile, compiled, cost
 from dcc.discover.subject import Subject
 from dcc.errors import PipelineError, PolicyError
 from dcc.lower.program import Backend, check_backend
-from dcc.measure.finite import finite, not_finite
+from dcc.measure.finite import all_finite, not_finite
 from dcc.plans.plan import Plan
 from dcc.policies import Setting, make_policy, parameter_names
 from dcc.policies.setting import plan_for, setting_of
@@ -289,7 +289,7 @@ def _take_turns(
         say(f"prompts: {first + 1} of {len(prompts)}, {UNCACHED}")
         truth = reference.turn(target, batch, seeds)
         for i, sample in enumerate(truth.images.reshape(len(batch), -1)):
-            if not finite(sample):
+            if not all_finite(sample):
                 assert reference.net is not None  # the reference has run
                 raise PipelineError(not_finite(reference.net.subject, batch[i], seeds[i], f"prompt {first + i + 1}"))
         for arm in (arm for arm in arms if not arm.row.error):

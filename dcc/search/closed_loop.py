@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dcc.discover.subject import Subject
 from dcc.errors import PromptError
-from dcc.measure.finite import finite, not_finite
+from dcc.measure.finite import all_finite, not_finite
 from dcc.plans.predictors import Predictor
 from dcc.quality import psnr
 from dcc.record.seam import Handler
@@ -211,7 +211,7 @@ def _broken(batch: Batch) -> list[int]:
     return [
         index
         for index, sample in enumerate(samples)
-        if not finite(sample, *(value[:, index] for value in outputs if index < value.shape[1]))
+        if not all_finite(sample, *(value[:, index] for value in outputs if index < value.shape[1]))
     ]
 
 

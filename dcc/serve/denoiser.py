@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dcc.capture.export import capture
+from dcc.capture.export import capture, refresh
+from dcc.capture.watch import Watch
 from dcc.discover.sites import Sites
 from dcc.discover.subject import Subject
+from dcc.errors import CaptureError, PlanError, SiteError
 from dcc.lower.program import Programs
 from dcc.plans import mapping
 from dcc.plans.plan import Plan
-from dcc.record.call import Call, bind
+from dcc.record.call import SERVED, Call, bind
 from dcc.record.seam import Handler
 from dcc.serve.guard import Errors, Guard
 from dcc.serve.position import Positions
@@ -29,6 +34,9 @@ from dcc.serve.summary import Summary
 from dcc.serve.triggered import TriggeredRunner
 from dcc.torch_internals import pytree
 from dcc.variants.build import Family, build
+
+logger = logging.getLogger("dcc")
+MOST_STATES = 16  # states of a module that are captured; in others, the original runs
 
 
 class Runner(Protocol):
@@ -79,22 +87,61 @@ class CompiledDenoiser(Handler):
         self.runner = runner
         self.families = [runner.build(subject.sites)] if families is None else families
         self.compile_seconds = 0.0  # spent before the variants were lowered
-        self._served: dict[Any, Family] = {}
+        self._served: dict[Any, Family | str] = {}
+        ignored = frozenset().union(*(family.captured.ignored for family in self.families))
+        self.watch = Watch(self.module, ignored, functools.partial(refresh, self.module))
+        self.restless = False  # whether the module's state changes within runs
+        self.notes: Counter[str] = Counter()  # what did not go as planned, and how often
         self._lock = threading.RLock()
         self._session: ContextVar[str | None] = ContextVar("session", default=None)
         self._numbers = itertools.count()
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
+        if asks_gradients(self.module, args, kwargs):
+            return self._original("gradients were asked for; call it within torch.no_grad()", args, kwargs)
         call = bind(self.module, args, kwargs, self.recording.as_tensors)
-        with torch.no_grad():
-            family = self.family(call)
-            step, key, owners = self._locate(call)
-            stream = self._stream(step, key, owners)
-            outputs = self.runner.serve(family, call, stream, step)
-            last, stream.step = stream.step, step
-            if mapping.ends(self.plan, last, step) if stream.served else step == self.plan.steps - 1:
-                self.sessions.close(key)
-        return pytree.tree_unflatten(outputs, family.captured.out_spec)
+        step, key, owners = self._locate(call)
+        stream = self._stream(step, key, owners)
+        if stream.step < 0 or self.restless:
+            self.watch.look()
+        family = self.family(call)
+        if isinstance(family, str):
+            result = self._original(family, args, kwargs)
+        else:
+            result = pytree.tree_unflatten(self._serve(family, call, stream, step), family.captured.out_spec)
+        last, stream.step = stream.step, step
+        if mapping.ends(self.plan, last, step) if stream.served else step == self.plan.steps - 1:
+            self.sessions.close(key)
+            self._look_back()
+        return result
+
+    def _serve(self, family: Family, call: Call, stream: Stream, step: float) -> list[Tensor]:
+        if family.captured.problem:  # the module runs as the caller wants it to run
+            token = SERVED.set(call)
+            try:
+                return self.runner.serve(family, call, stream, step)
+            finally:
+                SERVED.reset(token)
+        with torch.no_grad(), call.without_autocast():
+            return self.runner.serve(family, call, stream, step)
+
+    def _original(self, reason: str, args: Any, kwargs: Any) -> Any:
+        """What the module itself returns, with the reason noted."""
+        self.note(f"the original ran: {reason}")
+        self.sessions.count("originals")
+        return self.module(*args, **kwargs)
+
+    def note(self, said: str) -> None:
+        """Keeps, for the summary, something that did not go as planned, and logs it the first time."""
+        if said not in self.notes:
+            logger.warning("%s: %s", type(self.module).__name__, said)
+        self.notes[said] += 1
+
+    def _look_back(self) -> None:
+        """After a run: has the module changed in the middle of it? From then on it is looked at at every call."""
+        if not self.restless and not self.watch.holds():
+            self.restless = True
+            self.note("the denoiser changed in the middle of a run, whose later steps took no notice of that")
 
     def with_plan(self, plan: Plan, backend: str | None = None) -> CompiledDenoiser:
         """A denoiser for another plan, with the same captured graphs and recording, but its own state and programs."""
@@ -104,27 +151,37 @@ class CompiledDenoiser(Handler):
             self.subject, plan, backend=backend or self.backend, mode=self.mode, guard=guard, families=families
         )
 
-    def family(self, call: Call) -> Family:
-        """The captured graph that serves this call; captures a new one for a new signature.
+    def family(self, call: Call) -> Family | str:
+        """The captured graph that serves this call in the state that the module is in, or why there is none.
 
-        The first call of every new shape is compared with the eager module: a graph captured at other sizes may have
-        taken a branch that this size would not. Where they differ, the call is captured at its own sizes.
+        A new signature, or a new state, is captured anew. The first call of every new shape is compared with the eager
+        module: a graph captured at other sizes may have taken a branch that this size would not. Where they differ, the
+        call is captured at its own sizes.
         """
-        key = call.signature, call.shapes
+        key = self.watch.state.digest, call.signature, call.shapes, torch.is_grad_enabled()
         found = self._served.get(key)
-        if found is None or not any(found is family for family in self.families):
+        if found is None:
             with self._lock:
-                found = self._served[key] = self._fitting(call)
+                found = self._served.get(key) or self._fitting(call)
+                self._served[self.watch.state.digest, *key[1:]] = found
         return found
 
-    def _fitting(self, call: Call) -> Family:
-        for family in self.families:
+    def _fitting(self, call: Call) -> Family | str:
+        state = self.watch.state
+        here = [family for family in self.families if family.captured.state == state]
+        for family in here:
             if family.captured.accepts(call) and family.captured.agrees(self.module, call):
                 return family
-        captured = capture(self.module, call)
-        self.families.append(self.runner.build(self.subject.sites_of(captured)))
-        captured.proven.add(call.shapes)
-        return self.families[-1]
+        if len({family.captured.state.digest for family in self.families}) >= MOST_STATES:
+            return f"it has been in more than {MOST_STATES} states, each of which would be captured"
+        captured = capture(self.module, call, ignored=self.watch.ignored)
+        self.watch.ignore(captured.ignored)
+        try:
+            family = self.runner.build(self.subject.sites_of(captured))
+        except (SiteError, PlanError) as error:
+            return f"{captured.problem or 'as it is now, it has other sites'}; {error}"
+        self.families.append(family)
+        return family
 
     def entries(self) -> dict[str, Any]:
         """What the module shows of this denoiser."""
@@ -133,7 +190,10 @@ class CompiledDenoiser(Handler):
     def warm(self, call: Call, say: Callable[[str], None] = lambda line: None) -> None:
         """Lowers and checks on one recorded call what will be served; counts nothing."""
         with torch.no_grad():
-            self.runner.warm(self.family(call), call, say)
+            family = self.family(call)
+            if isinstance(family, str):
+                raise CaptureError(f"the denoiser is not as it was in the recorded run: {family}")
+            self.runner.warm(family, call, say)
         self.sessions.counts = Counts()
 
     @contextlib.contextmanager
@@ -155,7 +215,7 @@ class CompiledDenoiser(Handler):
     def summary(self) -> Summary:
         """What was planned and what really happened so far; prints as a table."""
         captures = [family.captured for family in self.families]
-        done = Summary.of(self.plan, self.sessions.counts, captures, self.programs.values(), self.backend)
+        done = Summary.of(self.plan, self.sessions.counts, captures, self.programs.values(), self.backend, self.notes)
         return replace(done, compile_seconds=done.compile_seconds + self.compile_seconds)
 
     def _locate(self, call: Call) -> tuple[float, tuple[Any, ...], tuple[Tensor, ...]]:
@@ -175,3 +235,12 @@ class CompiledDenoiser(Handler):
         live = self.sessions.find(key)
         name = key[1] or "main"
         return self.sessions.open(key, name, owners, restart=live is not None and step <= live.step)
+
+
+def asks_gradients(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether the caller wants gradients: they are enabled, and an input or a parameter requires them."""
+    if not torch.is_grad_enabled():
+        return False
+    leaves = pytree.tree_leaves((args, kwargs))
+    wanted = (leaf.requires_grad for leaf in (*leaves, *module.parameters()) if isinstance(leaf, Tensor))
+    return any(wanted)

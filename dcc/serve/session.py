@@ -88,6 +88,7 @@ class Counts:
 
     computed: int = 0
     forecast: int = 0
+    originals: int = 0  # answered by the module itself, outside of the plan
     missed: int = 0  # the plan says forecast, but the anchors it needs were not there
     sessions: int = 0
     guarded: int = 0  # computed because a prompt was harder than those the plan was made for

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -36,13 +36,21 @@ class Summary:
     regions: int = 0
     hoisted_bytes: int = 0  # bytes of what no step changes, held beside the cache
     prologues: int = 0  # how often what no step changes was computed
+    originals: int = 0  # calls that the module itself answered, outside of the plan
 
     @classmethod
     def of(
-        cls, plan: Plan, counts: Counts, captures: Sequence[Captured], programs: Collection[Program], backend: str
+        cls,
+        plan: Plan,
+        counts: Counts,
+        captures: Sequence[Captured],
+        programs: Collection[Program],
+        backend: str,
+        notes: Mapping[str, int],
     ) -> Summary:
         """The summary of what a denoiser has counted so far; `compile_seconds` are those of the lowering alone."""
-        problems = [f"not exported, cached at its output only: {c.problem}" for c in captures if c.problem]
+        opaque = [f"not exported, cached at its output only: {c.problem}" for c in captures if c.problem]
+        problems = [*dict.fromkeys(opaque), *(f"{said} ({n} times)" if n > 1 else said for said, n in notes.items())]
         problems += [f"variant {p.variant.name} {said}" for p in programs for said in p.problems]
         if counts.missed:
             problems.append(f"{counts.missed} planned forecasts were computed, because their anchors were not there")
@@ -70,6 +78,7 @@ class Summary:
             computed=counts.computed,
             forecast=counts.forecast,
             missed=counts.missed,
+            originals=counts.originals,
             sessions=counts.sessions,
             cache_bytes=counts.peak_bytes,
             problems=tuple(problems),
@@ -82,13 +91,14 @@ class Summary:
 
     def __rich__(self) -> Table:
         table = Table(show_header=False, box=None, pad_edge=False)
-        calls = self.computed + self.forecast + self.missed
+        calls = self.computed + self.forecast + self.missed + self.originals
+        originals = f", {self.originals} by the original" if self.originals else ""
         rows = {
             "policy": f"{self.plan.policy}, {self.plan.steps} steps, {sum(self.plan.steps_mask)} of them full",
             "steps mask": "".join(map(str, self.plan.steps_mask)),
             "expected": "decided at run time" if self.plan.trigger else f"{self.plan.speedup:.2f}x fewer FLOPs",
             "calls": f"{calls}: {self.computed} computed, {self.forecast} forecast, "
-            f"{self.missed} missed, in {self.sessions} sessions",
+            f"{self.missed} missed{originals}, in {self.sessions} sessions",
             "compiled": f"{self.variants} variants, {self.programs} programs ({self.backend}), "
             f"{self.captures} captures ({self.captured}), {self.compile_seconds:.1f} s",
             "cache": f"{human_bytes(self.cache_bytes)} at most so far",

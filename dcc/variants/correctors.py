@@ -22,10 +22,14 @@ from torch import Tensor
 
 from dcc.discover.sites import LINEAR, Sites
 from dcc.errors import PlanError
+from dcc.files import check_regular
 from dcc.passes.base import Correction, Port, Site
-from dcc.passes.graph import arguments, is_tensor, nodes_by_name
+from dcc.passes.graph import arguments, is_tensor, nodes_by_name, op_name
+from dcc.passes.side_products import side_products
 from dcc.plans.forms import CorrectorForm, Form
 from dcc.torch_internals import version
+
+LARGEST = 2**40  # bytes of a file of maps, of which only what a site needs is read
 
 
 def corrections(form: Form | None, group: Sequence[Site], sites: Sites) -> list[Correction]:
@@ -103,7 +107,9 @@ def _low_rank(form: CorrectorForm, site: Site, sites: Sites) -> list[Correction]
     nodes = nodes_by_name(sites.captured.graph_module)
     if site.kind != LINEAR:
         raise PlanError(f"{site.name!r} is no linear layer, which a low-rank corrector needs; choose 'linears'")
-    source, weight = arguments(nodes[site.ports[0].out])[:2]
+    value = nodes[site.ports[0].out]  # an adapter adds to what the layer's own weight gives
+    product = value if op_name(value) == "linear" else side_products(sites.graph_module).product(value)
+    source, weight = arguments(product)[:2]
     if weight.op != "placeholder":
         raise PlanError(f"{site.name!r}: the layer's weight is computed in the graph, so it has no factors beforehand")
     out, channels = weight.meta["val"].shape
@@ -131,11 +137,16 @@ def _linear(form: CorrectorForm, site: Site, sites: Sites) -> list[Correction]:
 
 
 def _tensors(path: str, names: Sequence[str]) -> list[Tensor]:
+    check_regular(path, PlanError, LARGEST)
     try:
         with safe_open(os.fspath(path), "pt") as file:
             missing = [name for name in names if name not in file.keys()]
             if missing:
                 raise PlanError(f"{path}: has no tensor {', '.join(map(repr, missing))}")
-            return [file.get_tensor(name) for name in names]
-    except (OSError, SafetensorError) as error:
+            found = [file.get_tensor(name) for name in names]
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as error:  # odd dtypes too
         raise PlanError(f"{path}: cannot be read as safetensors: {error}") from error
+    for name, tensor in zip(names, found, strict=True):
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise PlanError(f"{path}: the tensor {name!r} holds NaN, infinity or no numbers with a fraction")
+    return found

@@ -24,9 +24,11 @@ from torch.fx import GraphModule
 
 from dcc import passes as rewrites
 from dcc.errors import OptionError, PassError
+from dcc.files import write_file
 from dcc.passes.base import VARIANT, Pass, Row
 from dcc.passes.text import text
 from dcc.passes.verify import verify
+from dcc.torch_internals import without_guards
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Observer:
         """Runs one pass, verifies what it left and returns its number of edits."""
         before = text(graph_module) if self.options.debug >= 2 else ""
         start = time.perf_counter()
-        edits = pass_.run(graph_module, row)
+        with without_guards():
+            edits = pass_.run(graph_module, row)
         seconds = time.perf_counter() - start
         verify(graph_module, pass_.name)
         self.records.append((variant, pass_.name, seconds, edits))
@@ -108,7 +111,7 @@ class Observer:
             print(text(graph_module), file=sys.stderr)
         if self.options.dump:
             self.options.dump.mkdir(parents=True, exist_ok=True)
-            (self.options.dump / f"{variant}_{index:02d}_{pass_.name}.txt").write_text(text(graph_module))
+            write_file(self.options.dump / f"{variant}_{index:02d}_{pass_.name}.txt", text(graph_module))
 
 
 def check_order(passes: Sequence[Pass]) -> None:

@@ -13,8 +13,8 @@ from dcc.discover.sites import Sites
 from dcc.errors import PlanError
 from dcc.passes.base import Refresh, Site
 from dcc.passes.dataflow import OUTPUT
-from dcc.passes.graph import arguments, nodes_by_name, returned, shape, sizes
-from dcc.passes.residual_stream import SHAPE_CHANGES, SUMS, op_name
+from dcc.passes.graph import arguments, nodes_by_name, op_name, returned, shape, sizes
+from dcc.passes.stream_walk import SHAPE_CHANGES, SUMS
 from dcc.passes.token_wise import Region, residual_ends, token_region
 from dcc.plans.forms import Form, TokensForm
 

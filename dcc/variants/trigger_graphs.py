@@ -16,8 +16,9 @@ from dcc.decisions import Decision
 from dcc.discover.sites import Sites
 from dcc.errors import PolicyError
 from dcc.passes.base import GUIDANCE, Group, Look, Port, Row, Site, Table
-from dcc.passes.graph import carries_batch, nodes_by_name, returned
+from dcc.passes.graph import nodes_by_name, returned
 from dcc.passes.insert_measures import Measures
+from dcc.passes.same_sizes import carries_batch
 from dcc.passes.split_at import ancestors, prefix, suffix
 from dcc.passes.values import Distance, Watched, emitted
 from dcc.plans.plan import Plan, is_full

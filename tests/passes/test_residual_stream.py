@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dcc.passes.graph import nodes_by_name
-from dcc.passes.residual_stream import base_of, branches, op_name, stream_sources
+from dcc.passes.graph import nodes_by_name, op_name
+from dcc.passes.residual_stream import base_of, branches, stream_sources
 
 aten = torch.ops.aten
 

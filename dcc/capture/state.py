@@ -1,0 +1,299 @@
+"""The state of a denoiser: what its graph depends on besides its inputs and the values of its weights.
+
+A captured graph is true of one state: of the module tree, of every attribute of the modules and of the objects that
+hang on them (processors, hooks, settings), of which weights there are, and of the dtype, device and layout of each. A
+`Mark` notes a state so that comparing takes a millisecond; only where that comparison fails is the state described in
+full, by values, to find out whether it was seen before (capture/watch.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcc.record.seam import own_vars
+from dcc.torch_internals import attention_backend, slots, version
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+LONGEST = 4096  # items of a container that are looked at one by one; of longer ones, only how many there are
+DEEPEST = 64  # how far objects in objects are followed
+_END = object()
+_INTERNAL = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
+
+
+class Walk:
+    """All that hangs on a module, each thing under the module's attribute that leads to it, such as `blocks.0.scale`.
+
+    `ignored` are attributes that are left out.
+    """
+
+    def __init__(self, module: nn.Module, ignored: frozenset[str] = frozenset()) -> None:
+        self.ignored = ignored
+        self.items: list[tuple[str, Any]] = []  # every value that was met
+        self.views: list[Callable[[], Iterable[Any]]] = []  # each gives what a container holds now
+        self.attributes: list[dict[str, Any]] = []  # of modules, of which there are many
+        self.places: list[tuple[dict[str, Any], str, Any]] = []  # those attributes that are no plain values
+        self.containers: list[Any] = []  # dicts, lists, sets and deques, which can be put back as they were
+        self.long: list[Any] = []  # those of which only the length is noted
+        self.modules: dict[str, nn.Module] = {}
+        self.objects: list[Any] = []  # others that have attributes
+        self.weights: list[tuple[str, Tensor]] = []  # parameters and buffers
+        self.loose: list[tuple[str, Tensor]] = []  # tensors that are not registered
+        self.generators: list[tuple[str, torch.Generator]] = []
+        self._seen: set[int] = set()
+        self._left: list[tuple[str, Any, int]] = []
+        self._meet("", module, 0)
+        while self._left:
+            self._follow(*self._left.pop())
+
+    def _meet(self, attribute: str, value: Any, depth: int) -> None:
+        self.items.append((attribute, value))
+        if not isinstance(value, PLAIN) and id(value) not in self._seen:
+            self._seen.add(id(value))  # `items` holds the value, so that its id is not given again
+            self._left.append((attribute, value, depth + 1))
+
+    def _follow(self, attribute: str, value: Any, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            self._follow_module(attribute, value, depth)
+        elif isinstance(value, Tensor):
+            self.loose.append((attribute, value))
+        elif isinstance(value, torch.Generator):
+            self.generators.append((attribute, value))
+        elif depth > DEEPEST:
+            return
+        elif isinstance(value, dict):
+            self._contain(attribute, value, value.values, depth)
+            if value:
+                self.views.append(functools.partial(_keys, value))
+        elif isinstance(value, list | set | deque):
+            self._contain(attribute, value, value.__iter__, depth)
+        elif isinstance(value, types.FunctionType) and value.__closure__:
+            self._view(attribute, functools.partial(contents, value.__closure__), depth)
+        elif has_attributes(value):
+            self.objects.append(value)
+            if (own := getattr(value, "__dict__", None)) is not None:
+                self._contain(attribute, own, own.values, depth)
+            else:
+                self._view(attribute, functools.partial(slotted, value), depth)
+        else:
+            for part in parts(value):
+                self._meet(attribute, part, depth)
+
+    def _follow_module(self, path: str, module: nn.Module, depth: int) -> None:
+        self.modules[path] = module
+        parameters, buffers = slots(module)
+        own = own_vars(module)
+        self.containers.append(vars(module))
+        if path == "" or any(_join(path, name) in self.ignored for name in own):
+            self.views.append(functools.partial(_kept, module, path, self.ignored))
+        else:
+            self.attributes.append(own)
+        for name, value in own.items():
+            attribute = _join(path, name)
+            if attribute in self.ignored:
+                continue
+            if name not in _INTERNAL and not isinstance(value, PLAIN):
+                self.places.append((vars(module), name, value))
+            if value is parameters or value is buffers:
+                self._seen.add(id(value))
+                self.containers.append(value)
+                self.views.append(value.values)
+                for key, tensor in value.items():
+                    self.items.append((_join(path, key), tensor))
+                    if tensor is not None:
+                        self._seen.add(id(tensor))
+                        self.weights.append((_join(path, key), tensor))
+            elif name == "_modules":
+                self._seen.add(id(value))
+                self.containers.append(value)
+                self.views.append(value.values)
+                for key, child in value.items():
+                    self._meet(_join(path, key), child, depth - 1)
+            else:
+                self._meet(attribute, value, depth)
+
+    def _contain(self, attribute: str, container: Any, values: Callable[[], Iterable[Any]], depth: int) -> None:
+        self.containers.append(container)
+        if len(container) > LONGEST:
+            self.long.append(container)
+        else:
+            self._view(attribute, values, depth)
+
+    def _view(self, attribute: str, values: Callable[[], Iterable[Any]], depth: int) -> None:
+        self.views.append(values)
+        for value in values():
+            self._meet(attribute, value, depth)
+
+    def facts(self) -> dict[str, list[Any]]:
+        """By attribute, all that hangs on it, each thing in a form that is equal if and only if nothing has changed."""
+        found: dict[str, list[Any]] = {}
+        for attribute, value in self.items:
+            found.setdefault(attribute, []).append(_Same(value))
+        for attribute, tensor in [*self.loose, *self.weights]:
+            found[attribute].append((version(tensor), address(tensor)))
+        for attribute, generator in self.generators:
+            found[attribute].append(generator.get_state().numpy().tobytes())
+        return found
+
+
+class Mark:
+    """A state as it was: plain attributes of modules by value, what else there is by identity, weights by address.
+
+    Comparing modules' attributes as lists is quick, because Python looks at identity first; what is equal without being
+    the same is told apart only where it is no plain value.
+    """
+
+    def __init__(self, module: nn.Module, ignored: frozenset[str] = frozenset()) -> None:
+        walk = Walk(module, ignored)
+        owners = [getattr(values, "__self__", None) for values in walk.views]
+        empty = [isinstance(owner, dict | list | set | deque) and not owner for owner in owners]
+        self.empty = [owner for owner, is_empty in zip(owners, empty, strict=True) if is_empty]
+        self.views = [values for values, is_empty in zip(walk.views, empty, strict=True) if not is_empty]
+        self.saved = [*_all(map(operator.call, self.views)), _END]
+        self.attributes = walk.attributes
+        self.values = [*_all(map(dict.values, self.attributes))]
+        places = walk.places
+        self.holders, self.names, self.held = [p[0] for p in places], [p[1] for p in places], [p[2] for p in places]
+        self.long, self.lengths = walk.long, list(map(len, walk.long))
+        self.owners = [*walk.modules.values(), *walk.objects]
+        self.kinds = list(map(type, self.owners))
+        self.classes = list(dict.fromkeys(self.kinds))
+        self.code = list(map(code_of, self.classes))
+        self.weights = [tensor for _, tensor in walk.weights]
+        self.addresses = list(map(address, self.weights))
+        self.loose = [tensor for _, tensor in walk.loose]
+        self.versions = list(map(version, self.loose))
+        self.world = world()
+
+    def holds(self) -> bool:
+        """Whether the module is still in this state."""
+        try:
+            return (
+                not any(self.empty)
+                and [*_all(map(dict.values, self.attributes))] == self.values
+                and all(map(operator.is_, map(operator.getitem, self.holders, self.names), self.held))
+                and all(map(operator.is_, itertools.chain(_all(map(operator.call, self.views)), (_END,)), self.saved))
+                and list(map(len, self.long)) == self.lengths
+                and list(map(type, self.owners)) == self.kinds
+                and list(map(address, self.weights)) == self.addresses
+                and list(map(version, self.loose)) == self.versions
+                and list(map(code_of, self.classes)) == self.code
+                and world() == self.world
+            )
+        except Exception:  # values that do not compare, or a container that another thread changes: look closer
+            return False
+
+
+_all = itertools.chain.from_iterable
+
+
+class _Same:
+    """Equal to another where both stand for the very same object."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
+    """The attributes whose facts differ, new and lost ones included."""
+    names = dict.fromkeys([*before, *after])
+    return tuple(name for name in names if before.get(name) != after.get(name))
+
+
+def world() -> tuple[Any, ...]:
+    """What torch and diffusers let code set for all modules, as far as it changes what a module computes."""
+    return torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), attention_backend()
+
+
+def address(tensor: Tensor) -> int:
+    """Where the values of a tensor are; moving, casting, and emptying it in place all change that."""
+    return tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else id(tensor)
+
+
+def code_of(kind: type) -> tuple[Any, ...]:
+    """What instances of a class run when they are called; replaced by those who patch a class."""
+    return tuple(getattr(kind, name) for name in _called(kind))
+
+
+@functools.cache
+def _called(kind: type) -> tuple[str, ...]:
+    names = ("forward", "__call__")
+    return tuple(name for name in names if any(name in vars(base) for base in kind.__mro__))
+
+
+def has_attributes(value: Any) -> bool:
+    """Whether an object is one whose attributes are its state: not a class, not of Python's own library or torch's."""
+    kind = type(value)
+    if isinstance(value, (type, types.ModuleType)):
+        return False
+    if kind is types.SimpleNamespace:
+        return True
+    root = kind.__module__.partition(".")[0]
+    return root not in sys.stdlib_module_names and root not in ("torch", "numpy") and _attributed(kind)
+
+
+def _attributed(kind: type) -> bool:
+    return bool(kind.__dictoffset__) or any("__slots__" in vars(base) for base in kind.__mro__)
+
+
+def parts(value: Any) -> tuple[Any, ...]:
+    """What an unchangeable value is made of: items of a tuple, the function and arguments of a partial or a method."""
+    if isinstance(value, tuple | frozenset):
+        return tuple(value)
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    return ()
+
+
+def slotted(value: Any) -> tuple[Any, ...]:
+    """The attributes of an object that has slots in place of a dictionary."""
+    return tuple(item for _, item in names_and_values(value))
+
+
+def names_and_values(value: Any) -> list[tuple[str, Any]]:
+    """The slots of an object that are set, with what they hold."""
+    found: list[tuple[str, Any]] = []
+    for base in type(value).__mro__:
+        names = vars(base).get("__slots__", ())
+        found += [(n, getattr(value, n)) for n in ((names,) if isinstance(names, str) else names) if hasattr(value, n)]
+    return found
+
+
+def contents(cells: tuple[types.CellType, ...]) -> tuple[Any, ...]:
+    """What a function has from around it; None in place of a variable that is not set."""
+    return tuple(_content(cell) for cell in cells)
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # the variable is not set yet
+        return None
+
+
+def _kept(module: nn.Module, path: str, ignored: frozenset[str]) -> list[Any]:
+    return [value for name, value in own_vars(module).items() if _join(path, name) not in ignored]
+
+
+def _keys(container: dict[Any, Any]) -> Iterable[Any]:
+    return container.keys()
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

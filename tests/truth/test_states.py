@@ -1,0 +1,94 @@
+"""What a change costs: two states that alternate, values that no graph holds, and a number that changes often."""
+
+from __future__ import annotations
+
+import pytest
+
+import dcc
+
+from .adapters import load
+from .changes import CHANGES
+from .judging import COMPUTED, EXPECTED, compiled, equal, explain, judge, outcome, watched
+from .loops import BUILD, Loop
+from .table import Change
+from .test_changes import plain
+
+
+def needed(change: Change) -> None:
+    """Skips where peft is needed and not there."""
+    if change.peft:
+        pytest.importorskip("peft")
+
+
+def both(change: Change, model: str) -> tuple[Loop, Loop]:
+    """A denoiser that is compiled to compute every step, and a copy that is not."""
+    ours = plain(change, model)
+    compiled(ours, COMPUTED)
+    return ours, plain(change, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["the other lora", "a number", "one processor set"])
+def test_two_states_that_alternate_are_captured_once_each(name: str) -> None:
+    change = CHANGES[name]
+    needed(change)
+    ours, right = both(change, "dit")
+    for _ in range(2):
+        undo = []
+        for loop in (ours, right):
+            made = change.make(loop)
+            assert made is not None
+            undo.append(made)
+        judge(COMPUTED, {COMPUTED: outcome(right)}, watched(ours), "changed")
+        for back in undo:
+            back()
+        judge(COMPUTED, {COMPUTED: outcome(right)}, watched(ours), "as before")
+    summary = dcc.summary(ours.net)
+    assert (summary.captures, summary.originals) == (2, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a parameter written",
+        "a parameter s data replaced",
+        "a buffer written",
+        "a state dict loaded",
+        "a lora hot swapped",
+        "another image",
+        "another guidance scale",
+        "latents changed by a callback",
+        "a parameter that requires gradients without any asked",
+        "inference mode",
+    ],
+)
+def test_values_need_no_new_capture(name: str) -> None:
+    change = CHANGES[name]
+    needed(change)
+    ours, right = both(change, change.models[0])
+    before = dcc.summary(ours.net)
+    for loop in (ours, right):
+        change.make(loop)
+    judge(COMPUTED, {COMPUTED: outcome(right)}, watched(ours), "changed")
+    summary = dcc.summary(ours.net)
+    assert (summary.captures, summary.originals) == (before.captures, before.originals)
+
+
+@pytest.mark.slow
+def test_a_scale_that_changes_often_is_not_captured_each_time() -> None:
+    """After three values it is known to change; ten more cost three captures at most."""
+    pytest.importorskip("peft")
+    ours, right = Loop(BUILD["dit"]()), Loop(BUILD["dit"]())
+    for loop in (ours, right):
+        load(loop, "a", 1)
+    compiled(ours, COMPUTED)
+    captures = []
+    for value in (0.9, 0.8, 0.7, *(0.05 * k for k in range(1, 11))):
+        for loop in (ours, right):
+            loop.net.set_adapters(["a"], [value])
+        found, expected = outcome(ours), outcome(right, EXPECTED[COMPUTED])
+        assert equal(found, expected), f"{value}: {explain(found, expected)}"
+        captures.append(dcc.summary(ours.net).captures)
+    assert captures[-1] - captures[2] <= 3
+    assert dcc.summary(ours.net).originals == 0
