@@ -219,7 +219,7 @@ def _context(module: nn.Module, handler: Handler) -> Callable[..., Any]:
 
 
 def _saves(module: nn.Module, plan: Any) -> Callable[..., Any]:
-    original = module.save_pretrained
+    original: Any = module.save_pretrained
 
     @functools.wraps(original)
     def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:

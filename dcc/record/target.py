@@ -86,7 +86,7 @@ class PipelineTarget:
         They are decoded, whatever form the caller's results have, unless those are latents.
         """
         seen: dict[str, Tensor] = {}
-        callers = self.call_kwargs.get("callback_on_step_end")
+        callers: Any = self.call_kwargs.get("callback_on_step_end")
 
         def step_end(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             values = values if callers is None else callers(pipe, step, timestep, values)
