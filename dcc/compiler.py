@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcc import arguments
 from dcc.capture.export import capture
 from dcc.capture.preserve import preserved
 from dcc.discover.sites import Sites, find_sites
 from dcc.discover.subject import Subject
-from dcc.errors import CaptureError, PipelineError, PlanError, PolicyError
+from dcc.errors import CaptureError, PipelineError, PlanError, PolicyError, ProfileError
 from dcc.lower.program import Backend, Mode, check_backend, start_inductor
 from dcc.measure.profile import Profile
 from dcc.plans import mapping
@@ -27,13 +28,15 @@ from dcc.record.seam import disabled as plain
 from dcc.record.seam import handler_of
 from dcc.record.target import (
     call_parameters,
+    check_model,
     check_prompts,
     denoiser_of,
+    is_pipeline,
     make_target,
     recording,
     restore_target,
 )
-from dcc.search.budget import DEFAULT_EFFORT, Candidates, Effort, budget_of, plan_within
+from dcc.search.budget import DEFAULT_EFFORT, Candidates, Effort, budget_of, check_effort, plan_within
 from dcc.serve.denoiser import CompiledDenoiser
 from dcc.serve.guard import Guard
 from dcc.serve.summary import Summary
@@ -94,13 +97,20 @@ def compile(
 
     Raises a subclass of DccError, with `model` unchanged, for anything it refuses.
     """
-    say = progress or (lambda line: None)
     start = time.perf_counter()
+    check_model(model, sample, {})
+    arguments.flag("guard", guard)
+    say, seed, data_range = _check_common(backend, mode, seed, data_range, profile, progress)
     budgets = {"speedup": speedup, "quality": quality, "latency": latency, "cache_bytes": cache_bytes}
-    policy_kwargs, call_kwargs = _split(model, policy, plan, backend, mode, budgets, parameters)
+    policy_kwargs, call_kwargs = _split(model, policy, plan, budgets, parameters)
     target = make_target(model, sample, call_kwargs)
-    prompts = check_prompts(calib_prompts, text=not isinstance(model, nn.Module))
+    prompts = check_prompts(calib_prompts, is_pipeline(model), "calib_prompts")
+    check_effort(effort)
     budget = None if policy or plan else budget_of(**budgets, effort=effort, prompts=prompts)
+    if guard and budget is None and not (plan and plan.limits):
+        raise PolicyError(
+            "guard=True needs a plan that was searched (speedup=, quality=): a policy knows no usual error"
+        )
 
     if backend == "inductor" and all(weight.device.type == "cpu" for weight in target.module.parameters()):
         start_inductor()  # it finds out what the processor can do while the denoiser is recorded
@@ -120,11 +130,6 @@ def compile(
         assert budget is not None
         candidates = Candidates(subject, backend)
         plan = plan_within(candidates, budget, prompts, seed=seed, data_range=data_range, progress=say, profile=profile)
-    if guard and not plan.limits:
-        raise PolicyError(
-            "guard=True needs a plan that was searched (speedup=, quality=): a policy knows no usual error"
-        )
-
     # one variant per distinct row of the schedule, lowered and compared with eager on the recorded inputs
     watch = Guard(plan) if guard else None
     net = CompiledDenoiser(subject, plan, backend=backend, mode=mode, guard=watch)
@@ -198,17 +203,18 @@ def sites(
     Runs the loop up to its first denoiser call, for `prompts` (default: one empty prompt). A bare module needs
     `sample`, as in `compile`; a compiled one gives the sites it was compiled with.
     """
+    check_model(model.module if isinstance(model, CompiledDenoiser) else model, sample, call_kwargs)
+    chosen = check_prompts([""] if prompts is None else prompts, is_pipeline(model))
     if isinstance(model, CompiledDenoiser) or isinstance(handler_of(denoiser_of(model)), CompiledDenoiser):
         return compiled(model).subject.sites
     target = make_target(model, sample, call_kwargs)
-    checked = check_prompts([""] if prompts is None else prompts, text=not isinstance(model, nn.Module))
     found: list[Sites] = []
 
     def at_first(call: Call) -> None:
         found.append(find_sites(capture(target.module, call), call))
 
     with preserved(target.module), recording(target, Recorder(target.module, at_first)):
-        target.sample(checked[:1])
+        target.sample(chosen[:1])
     if not found:
         raise CaptureError(f"the run never called the denoiser ({type(target.module).__name__})")
     return found[0]
@@ -236,25 +242,35 @@ def plan(
     A `profile` of `dcc.calibrate` adds to the candidates anchors that its similarities suggest. Raises ProfileError
     where it is another model's.
     """
+    say, seed, data_range = _check_common(backend, "default", seed, data_range, profile, progress)
     target = make_target(model, sample, call_kwargs)
-    checked = check_prompts(prompts, text=not isinstance(model, nn.Module))
+    checked = check_prompts(prompts, is_pipeline(model))
     budget = budget_of(speedup, quality, latency, cache_bytes, effort, checked)
-    say = progress or (lambda line: None)
     candidates = Candidates(Subject.of(target, checked, say), backend)
     return plan_within(candidates, budget, checked, seed=seed, data_range=data_range, progress=say, profile=profile)
+
+
+def _check_common(
+    backend: Any, mode: Any, seed: Any, data_range: Any, profile: Any, progress: Any
+) -> tuple[Callable[[str], None], int, float | None]:
+    """What to call with progress, the seed and the range, as they are used. Raises a DccError for bad ones."""
+    check_backend(backend, mode)
+    if profile is not None and not isinstance(profile, Profile):
+        raise ProfileError(
+            f"profile={arguments.shown(profile)} must be a dcc.Profile, e.g. of dcc.Profile.load(path) or dcc.calibrate"
+        )
+    spread = None if data_range is None else arguments.positive("data_range", data_range)
+    return arguments.progress_of(progress), arguments.seed_of(seed), spread
 
 
 def _split(
     model: Any,
     policy: str | None,
     plan: Plan | None,
-    backend: str,
-    mode: str,
     budgets: dict[str, float | None],
     parameters: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separates policy parameters from arguments of the pipeline's call; refuses what is neither."""
-    check_backend(backend, mode)
     if plan is not None and policy is not None:
         raise PolicyError("give policy= or plan=, not both")
     if plan is not None and not isinstance(plan, Plan):
@@ -272,8 +288,9 @@ def _split(
             "(speedup=, quality=) and leave it out"
         )
     if unknown:
+        all_known = [*own, *known, *(compile.__kwdefaults__ or ())]
         raise PolicyError(
-            f"unknown keyword {', '.join(map(repr, unknown))}: neither a parameter of "
+            f"unknown keyword {arguments.listed(unknown, all_known)}: neither a parameter of "
             f"{f'policy {policy!r}' if policy else 'a plan or a budget'} (it takes: {', '.join(own) or 'none'}) "
             "nor an argument of the pipeline's call"
         )

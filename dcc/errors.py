@@ -5,6 +5,10 @@ class DccError(Exception):
     """Base of all dcc errors; catching it catches every deliberate refusal."""
 
 
+class ArgumentError(DccError):
+    """An argument of a public function that has a wrong type or value."""
+
+
 class CaptureError(DccError):
     """The denoiser's inputs or its graph cannot be captured."""
 

@@ -42,6 +42,7 @@ __all__ = [
     "hint",
     "hook_names",
     "invoke_subgraph",
+    "is_torch_compiled",
     "lazy_graph_module",
     "legalize_graph",
     "load_inductor",
@@ -244,6 +245,11 @@ def slots(module: nn.Module) -> tuple[dict[str, nn.Parameter | None], dict[str, 
 def plain_call(module: nn.Module) -> Callable[..., Any]:
     """What calling the module does, hooks and all, where nothing is set in the place of it."""
     return module._call_impl
+
+
+def is_torch_compiled(module: nn.Module) -> bool:
+    """Whether the module is what `torch.compile(module)` returned, which keeps the module in `_orig_mod`."""
+    return isinstance(getattr(module, "_orig_mod", None), nn.Module)
 
 
 def load_inductor() -> None:

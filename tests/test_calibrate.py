@@ -350,7 +350,7 @@ def test_loops_that_differ_from_the_recorded_one_are_refused(loop, net):
 
 
 def test_bad_arguments_are_refused(loop, net):
-    with pytest.raises(PromptError, match="calib_prompts is empty"):
+    with pytest.raises(PromptError, match="prompts is empty"):
         dcc.calibrate(net, [], sample=loop["sample"])
     with pytest.raises(PipelineError, match="needs sample=fn"):
         dcc.calibrate(net, [1])

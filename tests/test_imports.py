@@ -27,7 +27,7 @@ ROOMS = (  # the floors of dcc, top to bottom; a room may import those below it 
     ("kernels",),
     ("demo",),
     ("tensor_file",),
-    ("files",),
+    ("arguments", "files"),
     ("decisions", "errors", "quality", "text", "torch_internals"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

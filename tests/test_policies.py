@@ -1,11 +1,13 @@
 """Masks of the policies, written out by hand, and what they refuse."""
 
+import math
+
 import pytest
 
 import dcc
-from dcc.errors import PolicyError
+from dcc.errors import DccError, PolicyError, SettingError
 from dcc.plans.predictors import Predictor
-from dcc.policies import Setting, make_policy, parameter_names
+from dcc.policies import POLICIES, Setting, make_policy, parameter_names
 
 from .nets import Net, sample
 
@@ -79,7 +81,7 @@ def test_steps_mask_is_taken_as_it_is(name, given):
     "given", [[1, 0, 0], [1, 0, 0, 1, 1], [], [1, 2, 0, 1], [1, -1, 0, 1], "1001", [1, None, 0, 1], 7], ids=str
 )
 def test_steps_mask_of_wrong_length_or_values(given):
-    with pytest.raises(PolicyError, match="steps_mask must be 4 numbers"):
+    with pytest.raises(PolicyError, match=r"steps_mask(=.*|) must be (4 numbers|of type list\[int\])"):
         make_policy("interval", Setting(range(4)), {"steps_mask": given})
 
 
@@ -134,3 +136,31 @@ def test_every_policy_runs_or_says_why_it_cannot(policy):
         assert dcc.compiled(net).sessions.counts.computed >= 1
         dcc.restore(net)
     assert vars(net) == before
+
+
+JUNK = ("x", b"x", -1, 0, 1.5, True, None, math.nan, math.inf, [], (), [1], ["x"], [[1]], {}, {"a": 1}, object(), 2j)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_parameter_of_a_wrong_type_or_value_is_refused_or_taken_but_never_raises_something_else(name: str) -> None:
+    refused = 0
+    for parameter in POLICIES[name].parameters:
+        for value in JUNK:
+            try:
+                make_policy(name, Setting(range(6)), {parameter: value})
+            except DccError as error:
+                refused += 1
+                assert parameter in str(error) or isinstance(error, SettingError) or "needs" in str(error), error
+    assert refused >= 10 * len(POLICIES[name].parameters)
+
+
+def test_the_message_of_a_wrong_type_says_the_right_one() -> None:
+    for parameters, message in (
+        ({"interval": "x"}, r"policy 'interval': interval='x' must be of type int"),
+        ({"interval": True}, r"interval=True must be of type int"),
+        ({"steps_mask": 5}, r"steps_mask=5 must be of type list\[int\] or None"),
+        ({"steps_mask": ["1"]}, r"steps_mask=list \['1'\] must be of type list\[int\] or None"),
+        ({"site": 3}, r"site=3 must be of type str"),
+    ):
+        with pytest.raises(PolicyError, match=message):
+            make_policy("interval", Setting(range(6)), parameters)

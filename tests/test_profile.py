@@ -312,7 +312,7 @@ def test_prints_as_a_table(profile):
 
 def test_one_step_prints_and_plots(features, tmp_path):
     single = synthetic(features[:, :, :1], streams=("cond", "uncond"), probed=(0,))
-    assert "1 steps" in str(single)
+    assert "1 step," in str(single)
     single.plot(tmp_path / "p.png")
 
 

@@ -264,6 +264,13 @@ def test_a_module_calls_what_is_set_in_the_place_of_itself():
     assert callable(vars(module)[internals.COMPILED_CALL])
 
 
+def test_what_torch_compile_returns_keeps_the_module():
+    net = nn.Linear(2, 2)
+    assert internals.is_torch_compiled(torch.compile(net))
+    net.compile()
+    assert not internals.is_torch_compiled(net)  # that sets _compiled_call_impl
+
+
 @pytest.mark.slow
 def test_inductor_compiles_a_graph_and_a_shared_body():
     body = Graph()

@@ -3,6 +3,7 @@ sample of a batch on its own."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 import dcc
 from dcc.errors import PlanError, PolicyError
 from dcc.plans.plan import Plan, make_plan
-from dcc.plans.triggers import Accumulate
+from dcc.plans.triggers import Accumulate, Layerwise
 from dcc.policies import Setting, make_policy
 from dcc.policies.setting import plan_for
 
@@ -90,10 +91,13 @@ def test_forecasts_save_work_with_one_read_and_two_regions_a_step_at_most(policy
 
 
 def samples_of(
-    policy: str, seeds: tuple[int, ...], after: Callable[[dcc.CompiledDenoiser], None] = lambda net: None
+    policy: str,
+    seeds: tuple[int, ...],
+    after: Callable[[dcc.CompiledDenoiser], None] = lambda net: None,
+    parameters: dict[str, Any] | None = None,
 ) -> tuple[list[Tensor], dcc.CompiledDenoiser]:
     """Outputs of a batch made of the first samples of these seeds, step by step."""
-    net = net_for(policy)
+    net = net_for(policy, parameters)
     prompts = [tiny.prompt(MODEL, seed) for seed in seeds]
     prompt = {
         name: torch.cat([p[name][:1] for p in prompts])
@@ -227,6 +231,37 @@ def test_what_is_only_looked_at_cannot_be_cached() -> None:
         base = tiny.base(MODEL)
         cost(tiny.plan(MODEL, ["latent"], [[1 - s % 2] for s in range(tiny.STEPS)]), tiny.sites(MODEL))
         assert base
+
+
+@pytest.mark.parametrize("limit", [2, 3, 5])
+def test_a_batch_that_asks_for_more_rows_than_are_lowered_computes(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three samples ask for a row of their own at every step; the trigger's own decisions are not used."""
+    monkeypatch.setattr("dcc.variants.trigger_graphs.MAX_ROWS", limit)
+    draw, asked = random.Random(0), []
+
+    def decide(self: Layerwise, memory: Any, step: int, values: Any) -> tuple[int, ...]:
+        asked.append((1, *draw.choices((0, 1), k=len(self.sites) - 2), 0))
+        return asked[-1]
+
+    monkeypatch.setattr(Layerwise, "decide", decide)
+    outputs, net = samples_of("dbprune", (1, 2, 3))
+    graphs = net.families[0].graphs
+    assert graphs is not None and len(graphs.rows) == limit < len(set(asked))
+    assert all(output.isfinite().all() for output in outputs)
+    if limit == 2:  # all computed and all forecast: each row asked for computes something, so everything is computed
+        monkeypatch.undo()
+        expected, _ = samples_of("dbprune", (1, 2, 3), parameters={"threshold": 0.0, "warmup": 2})
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+@pytest.mark.parametrize("row", [(0,), (1, 0, 1, 0, 1, 0, 1), (5, 5), "all"])
+def test_a_row_that_does_not_fit_the_plan_computes(row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    width = len(plan_of("dbprune", RUNS["dbprune"]).sites)
+    asked = (7,) * width if row == "all" else row
+    assert row == "all" or len(row) != width
+    monkeypatch.setattr(Layerwise, "decide", lambda *_: asked)
+    outputs, net = samples_of("dbprune", (1, 2))
+    assert net.sessions.counts.forecast == 0 and len(outputs) == tiny.STEPS
 
 
 @pytest.mark.slow

@@ -7,6 +7,9 @@ image = pipe(dcc.demo.prompts("test")[0], **dcc.demo.settings("mmdit")).images[0
 import json
 from pathlib import Path
 
+from dcc import arguments
+from dcc.errors import DemoError
+
 _HERE = Path(__file__).parent
 # How each pipeline was trained to be called; everything else is the pipeline's own default.
 _SETTINGS = {
@@ -22,11 +25,10 @@ def names() -> list[str]:
 
 def path(name: str) -> str:
     """The folder of a pipeline, in the layout of `DiffusionPipeline.save_pretrained`."""
-    if name not in _SETTINGS:
-        raise _error(f"There is no demo pipeline {name!r}; there are: {', '.join(names())}.")
+    arguments.chosen("demo pipeline", name, names(), DemoError)
     folder = _HERE / name
     if not (folder / "model_index.json").is_file():
-        raise _error(f"The demo pipeline {name!r} is not part of this installation ({folder} is missing).")
+        raise DemoError(f"The demo pipeline {name!r} is not part of this installation ({folder} is missing).")
     return str(folder)
 
 
@@ -41,6 +43,8 @@ def load(name: str, torch_dtype=None, **kwargs):
     import torch
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+    if torch_dtype is not None and not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
+        raise DemoError(f"torch_dtype={arguments.shown(torch_dtype)} must be a dtype, e.g. torch.float16")
     pipe = DiffusionPipeline.from_pretrained(path(name), **kwargs)
     for part in pipe.components.values():
         # Not an argument of from_pretrained: its name depends on the version of diffusers.
@@ -52,12 +56,5 @@ def load(name: str, torch_dtype=None, **kwargs):
 
 def prompts(split: str = "calib") -> list[str]:
     """32 captions of the kind trained on ("calib") or 64 of combinations never trained on ("test")."""
-    if split not in ("calib", "test"):
-        raise _error(f"There are no prompts {split!r}; there are: calib, test.")
+    arguments.chosen("prompts", split, ("calib", "test"), DemoError)
     return json.loads((_HERE / f"{split}.json").read_text(encoding="utf-8"))
-
-
-def _error(message: str) -> Exception:
-    from dcc.errors import DemoError
-
-    return DemoError(message)

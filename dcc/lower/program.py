@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from dcc import arguments
 from dcc.errors import LoweringError
 from dcc.lower import cuda_graphs
 from dcc.passes.base import LOWERING, Row
@@ -64,9 +65,8 @@ class Program:
 
 def check_backend(backend: str, mode: str = "default") -> None:
     """Raises LoweringError, listing what there is, for an unknown backend or mode, or a mode that has no effect."""
-    for kind, value, known in (("backend", backend, BACKENDS), ("mode", mode, MODES)):
-        if value not in known:
-            raise LoweringError(f"unknown {kind} {value!r}; there are: {', '.join(known)}")
+    arguments.chosen("backend", backend, BACKENDS, LoweringError)
+    arguments.chosen("mode", mode, MODES, LoweringError)
     if backend == "eager" and mode != "default":
         raise LoweringError(f"mode {mode!r} is Inductor's, the eager backend has none; leave one of them out")
 

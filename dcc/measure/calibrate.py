@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dcc import arguments
 from dcc.discover.sites import Sites
 from dcc.discover.subject import Subject
 from dcc.errors import ProfileError
+from dcc.measure.finite import all_finite, not_finite
 from dcc.measure.instrument import Instrument, Run
 from dcc.measure.profile import Profile, SiteCost, check_tensor, dtype_of, read_costs
 from dcc.passes.base import Port
@@ -29,7 +31,7 @@ from dcc.passes.timings import timings
 from dcc.plans.fields import finite, whole
 from dcc.record.fingerprint import weights_hash
 from dcc.record.recorder import Recording
-from dcc.record.target import Samples, Target, call_parameters, check_prompts, installed, is_pipeline, make_target
+from dcc.record.target import Samples, Target, check_prompts, installed, is_pipeline, make_target
 from dcc.tensor_file import read_tensors, write_tensors
 
 MARK, VERSION = "dcc_calibration", 2  # mark and version of checkpoints
@@ -65,11 +67,11 @@ def calibrate(
     Raises a subclass of DccError for anything it refuses; ProfileError for a checkpoint of other arguments and for
     loops that cannot be calibrated.
     """
-    say = progress or (lambda line: None)
-    if is_pipeline(model) and (unknown := sorted(set(pipeline_kwargs).difference(call_parameters(model)))):
-        raise ProfileError(f"unknown keyword {', '.join(map(repr, unknown))}: no argument of the pipeline's call")
+    say, seed = arguments.progress_of(progress), arguments.seed_of(seed)
+    if checkpoint is not None:
+        arguments.new_file("checkpoint", checkpoint, ProfileError)
     target = make_target(model, sample, pipeline_kwargs)
-    prompts = check_prompts(prompts, text=not isinstance(model, nn.Module))
+    prompts = check_prompts(prompts, is_pipeline(model))
 
     subject = Subject.of(target, prompts, say)
     return measure(subject, prompts, checkpoint=checkpoint, seed=seed, progress=say, settings=pipeline_kwargs)
@@ -104,10 +106,17 @@ def measure(
             base = Run(keep_outputs=bool(own))
             samples = _generate(target, instrument, base, prompts[index], seed + index)
             state.add(base)
+            if not all_finite(samples.images):
+                raise ProfileError(not_finite(subject, prompts[index], seed + index, f"prompt {index + 1}"))
             for step in own:
                 say(f"disturbing step {step + 1} of {len(run.levels)}")
                 disturbed = Run(disturbed=step, seed=seed + index, outputs=base.outputs)
                 moved = _generate(target, instrument, disturbed, prompts[index], seed + index).raw - samples.raw
+                if not all_finite(moved):
+                    raise ProfileError(
+                        f"prompt {index + 1}: with a little noise in what the denoiser returns at step {step + 1} of "
+                        f"{len(run.levels)} the final sample is NaN or infinite; leave it out, or check the dtype"
+                    )
                 state.probes.append((step, _ratio(moved, disturbed)))
             state.done = index + 1
             if checkpoint is not None:
@@ -143,14 +152,14 @@ class Accumulated:
             self.moved, self.size = torch.zeros(2, *shape, dtype=torch.float64)
         if list(run.taken) != self.streams:
             raise ProfileError(f"{prompt} has streams {list(run.taken)}, the first had {self.streams}")
-        for k, (label, taken) in enumerate(run.taken.items()):
+        for k, taken in enumerate(run.taken.values()):
             known: dict[tuple[Port, ...], tuple[Tensor, ...]] = {}  # several names may mean one value
             for n, site in enumerate(taken.sites):
                 if site.ports not in known:
-                    gram = gram_matrix(taken.rows(taken.sketches, site))
-                    if not bool(gram.isfinite().all()):
-                        raise ProfileError(f"{prompt}: site {site.name!r} of stream {label!r} is NaN or infinite")
-                    known[site.ports] = (gram, *neighbours(taken.rows(taken.coordinates, site)))
+                    sketches, coordinates = (taken.rows(part, site) for part in (taken.sketches, taken.coordinates))
+                    known[site.ports] = (gram_matrix(sketches), *neighbours(coordinates))
+                    if not all_finite(*known[site.ports]):
+                        raise ProfileError(f"{prompt}: {_first_broken(run, steps)}; leave it out, or check the dtype")
                 for total, value in zip((self.gram, self.moved, self.size), known[site.ports], strict=True):
                     total[k, n] += value
 
@@ -229,6 +238,18 @@ class Accumulated:
         shape = (len(streams), len(sites), steps)
         for name, sizes in zip(SUMS, ((*shape, steps), shape, shape), strict=True):
             check_tensor(tensors[name], name, sizes, torch.float64)
+
+
+def _first_broken(run: Run, steps: int) -> str:
+    """Names the site and stream that are NaN or infinite at the earliest step of a run."""
+    found = []
+    for label, taken in run.taken.items():
+        for site in taken.sites:
+            rows = torch.cat([taken.rows(part, site).flatten(1) for part in (taken.sketches, taken.coordinates)], 1)
+            broken = (~rows.isfinite()).any(dim=1).nonzero().flatten().tolist()
+            found += [(broken[0], site.name, label)] if broken else []
+    step, site, label = min(found, default=(0, "output", "main"), key=lambda each: each[0])
+    return f"site {site!r} of stream {label!r} is NaN or infinite from step {step + 1} of {steps} on"
 
 
 def gram_matrix(rows: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from dcc import arguments
 from dcc.errors import ProfileError
 from dcc.plans.fields import finite, read_fields, tuples, whole
 from dcc.record.fingerprint import fingerprint, weights_hash
 from dcc.tensor_file import read_tensors, write_tensors
-from dcc.text import human_bytes, render
+from dcc.text import count, human_bytes, render
 
 MARK, VERSION = "dcc_profile", 2
 TENSORS = ("gram", "neighbours", "sensitivity")
@@ -109,11 +110,16 @@ class Profile:
         ||forecast - value|| / ||value||, root mean square over prompts, if the anchors are true values. Infinite where
         the value is zero and the forecast is not. Raises ProfileError for steps or lengths that do not fit.
         """
+        for name, values in (("anchors", anchors), ("coefficients", coefficients)):
+            if not isinstance(values, Sequence):
+                raise ProfileError(f"{name}={arguments.shown(values)} must be a list, with an entry for each anchor")
         if len(anchors) != len(coefficients):
             raise ProfileError(f"{len(anchors)} anchors and {len(coefficients)} coefficients; give one for each")
-        bad = [s for s in (step, *anchors) if not 0 <= s < self.steps]
+        bad = [s for s in (step, *anchors) if type(s) is not int or not 0 <= s < self.steps]
         if bad:
-            raise ProfileError(f"step {bad[0]} is not among the profile's steps 0 to {self.steps - 1}")
+            raise ProfileError(f"step {arguments.shown(bad[0])} is not among the profile's steps 0 to {self.steps - 1}")
+        for coefficient in coefficients:
+            arguments.number("a number of coefficients", coefficient, ProfileError)
         gram = self.matrix(site, stream)
         weights = torch.zeros(self.steps, dtype=gram.dtype)
         weights[step] += 1.0
@@ -129,6 +135,8 @@ class Profile:
 
         `scheduler` is the object or its class name; `dtype` is the module's where not given.
         """
+        if not isinstance(module, nn.Module):
+            raise ProfileError(f"module={arguments.shown(module)} must be the denoiser, an nn.Module")
         dtype = dtype if dtype is not None else dtype_of(module)
         own = {
             "model": fingerprint(module),
@@ -145,6 +153,7 @@ class Profile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically: `path` holds the old file or the whole new one."""
+        arguments.new_file("path", path, ProfileError)
         header = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in TENSORS}
         header["costs"] = [dataclasses.asdict(cost) for cost in self.costs]
         upper = torch.triu_indices(self.steps, self.steps)
@@ -158,6 +167,7 @@ class Profile:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Reads a profile that `save` wrote. Raises ProfileError, naming the file and the field, for anything else."""
+        arguments.path("path", path, ProfileError)
         header, tensors = read_tensors(path, MARK, VERSION, ProfileError)
         try:
             parts = _fields(header)
@@ -167,9 +177,10 @@ class Profile:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Writes a picture (format by suffix, e.g. .png) of similarity, change and sensitivity over the steps."""
+        arguments.new_file("path", path, ProfileError)
         from dcc.measure.profile_plot import Curves, plot  # matplotlib takes a second to import; only pictures need it
 
-        title = f"{self.prompts} prompts, {self.scheduler}, {self.steps} steps, {self.dtype}"
+        title = f"{count(self.prompts, 'prompt')}, {self.scheduler}, {count(self.steps, 'step')}, {self.dtype}"
         changes = {name: self.change(name).numpy() for name in self.sites}
         similarity = self.similarity(self.default).numpy()
         plot(Curves(title, self.default, similarity, changes, self.sensitivity.numpy(), list(self.probed)), path)
@@ -178,10 +189,10 @@ class Profile:
         return render(self)
 
     def __rich__(self) -> Table:
-        probed = f"{len(self.probed)} of {self.steps} steps probed"
+        probed = f"{len(self.probed)} of {count(self.steps, 'step')} probed"
         table = Table(
-            title=f"profile: {self.prompts} prompts, {self.scheduler}, {self.steps} steps, {self.dtype}, "
-            f"{self.flops / 1e9:.3f} GFLOP per call",
+            title=f"profile: {count(self.prompts, 'prompt')}, {self.scheduler}, {count(self.steps, 'step')}, "
+            f"{self.dtype}, {self.flops / 1e9:.3f} GFLOP per call",
             caption=f"streams: {', '.join(self.streams)}; sensitivity: {probed}; change and cosine: mean over steps",
             title_justify="left",
             caption_justify="left",

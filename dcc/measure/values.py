@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcc import arguments
 from dcc.discover.subject import Subject
+from dcc.errors import ProfileError
+from dcc.measure.finite import all_finite
 from dcc.passes.base import Row
 from dcc.passes.insert_cache_writes import Writes
 from dcc.passes.values import Write
@@ -21,10 +24,19 @@ from dcc.variants.variant import variant
 
 
 def recorded_values(subject: Subject, site: str, prompt: Any, seed: int) -> Tensor:
-    """Values [steps, batch, ...] of a site's largest port, on the CPU, in the uncached run of one prompt and seed."""
+    """Values [steps, batch, ...] of a site's largest port, on the CPU, in the uncached run of one prompt and seed.
+
+    Raises ProfileError, naming the step, where they are not finite.
+    """
     net = _ValueRecorder(subject, site)
     with installed(subject.target, net):
         subject.target.generate([prompt], [seed])
+    for step, value in enumerate(net.values):
+        if not all_finite(value):
+            raise ProfileError(
+                f"prompt 1 ({arguments.shown(prompt)}): site {site!r} is NaN or infinite from step {step + 1} of "
+                f"{len(net.values)} on; leave it out, or check the dtype"
+            )
     return torch.stack(net.values)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from dcc import arguments
 from dcc.decisions import Decision
 from dcc.errors import PlanError, PolicyError
 from dcc.files import parse_json, read_bytes, write_file
@@ -135,11 +136,13 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, atomically: `path` holds the old file or the whole new one."""
+        arguments.new_file("path", path, PlanError)
         write_file(path, json.dumps(self.as_json(), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Reads a plan that `save` wrote. Raises PlanError, naming the file and the field, for anything else."""
+        arguments.path("path", path, PlanError)
         data = parse_json(read_bytes(path, PlanError), f"{path}: not a dcc plan, it", PlanError)
         if not isinstance(data, dict) or "dcc_plan" not in data:
             raise PlanError(f"{path}: not a dcc plan, the field 'dcc_plan' is missing")

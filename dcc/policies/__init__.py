@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dcc import arguments
 from dcc.errors import PolicyError
 from dcc.policies import hybrid, hybrid_blocks, layer_adaptive, predictive, static, timestep_adaptive
 from dcc.policies.base import DEFAULT_SITE, REQUIRED, Cached, Method, Policy, Setting
@@ -30,7 +31,7 @@ def make_policy(name: str, setting: Setting, parameters: dict[str, Any]) -> Poli
     unknown = [key for key in parameters if key not in known]
     if unknown:
         raise PolicyError(
-            f"policy {name!r} takes no parameter {', '.join(map(repr, unknown))}; it takes: {', '.join(known)}"
+            f"policy {name!r} takes no parameter {arguments.listed(unknown, known)}; it takes: {', '.join(known)}"
         )
     missing = [key for key, value in POLICIES[name].defaults.items() if value == REQUIRED and key not in parameters]
     if missing:
@@ -40,6 +41,4 @@ def make_policy(name: str, setting: Setting, parameters: dict[str, Any]) -> Poli
 
 def parameter_names(name: str) -> list[str]:
     """The keyword parameters of a policy. Raises PolicyError for an unknown name."""
-    if name not in POLICIES:
-        raise PolicyError(f"unknown policy {name!r}; there are: {', '.join(POLICIES)}")
-    return POLICIES[name].parameters
+    return POLICIES[arguments.chosen("policy", name, POLICIES, PolicyError)].parameters

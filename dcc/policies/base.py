@@ -11,12 +11,13 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from dcc import arguments
 from dcc.errors import PolicyError, SettingError, SiteError
 from dcc.files import parse_json, read_bytes
 from dcc.plans.fields import finite
@@ -166,6 +167,13 @@ class Method:
         return {name: getattr(self, name) for name in fields} | {"parameters": self.defaults}
 
     def __call__(self, setting: Setting, **parameters: Any) -> Policy:
+        """The policy. Raises PolicyError for a parameter of a wrong type or value, SiteError for an unknown site."""
+        hints = get_type_hints(self.make)
+        for name, value in parameters.items():
+            if not arguments.fits(value, hints[name]):
+                written = str(self.make.__annotations__[name])
+                good = written.replace("Sequence", "list").replace("Mapping", "dict").replace(" |", " or")
+                raise PolicyError(f"policy {self.name!r}: {name}={arguments.shown(value)} must be of type {good}")
         return self.make(setting, **parameters)
 
 

@@ -64,6 +64,8 @@ def _fitted(setting: Setting) -> list[float]:
     changes = [profile.neighbours[:, profile.sites.index(site), 1:].flatten() for site in ("modulated", "output")]
     degree = min(4, len(set(changes[0].tolist())) - 1)
     taken, given = (change.double().numpy() for change in changes)
+    if not len(taken):  # a run of one step, in which nothing changes
+        return [1.0, 0.0]
     return np.polyfit(taken, given, max(degree, 0)).tolist()
 
 

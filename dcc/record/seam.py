@@ -3,7 +3,8 @@
 The denoiser stays the very object and class that it was: `isinstance`, loaders, hooks, `state_dict`, `save_pretrained`
 and whatever users set on it are its own. torch calls `module._compiled_call_impl` where that is set, which is how
 `nn.Module.compile` works in place; installing adds that entry and a few others to the module's own dictionary, removing
-takes them out. Copies and pickles are of the plain module.
+takes them out. Copies and pickles are of the plain module, and so is what `save_pretrained` writes; it puts the plan
+beside it, as a file that `dcc.Plan.load` reads.
 
 What else reaches the handler: `module.forward(...)` called directly, and `torch.compile` on top of the module or of
 code that calls it. Dynamo looks past `_compiled_call_impl`, but not past a `forward` of the instance that it is told to
@@ -13,6 +14,7 @@ leave alone; it breaks its graph there. `module.compile()` would take the handle
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,11 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcc.errors import AlreadyCompiledError
+from dcc.errors import AlreadyCompiledError, PipelineError
 from dcc.torch_internals import COMPILED_CALL, plain_call
 
 HANDLER = "_dcc"  # the entry that holds the handler
 BOOKKEEPING = ("_dcc_before", "_dcc_entries")
+SAVED = ("dcc", "plan.json")  # where save_pretrained puts the plan, in the folder of the denoiser
 
 _ORIGINALS: ContextVar[frozenset[int]] = ContextVar("dcc_originals", default=frozenset())  # ids of plain modules
 _POSITIONS: ContextVar[dict[int, Position]] = ContextVar("dcc_positions")
@@ -56,6 +59,13 @@ class Handler:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with disabled(self.module):
             return self.call(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise PipelineError(
+            f"a {type(self).__name__} holds programs and the state of requests, and cannot be copied; copy the "
+            "pipeline or module that it runs in, whose copies are the original, save its plan with "
+            "plan.save(path), and compile the copy with plan=dcc.Plan.load(path)"
+        )
 
     def entries(self) -> dict[str, Any]:
         """Attributes that the module gets along with the handler, where it has none of that name."""
@@ -96,7 +106,10 @@ def install(module: nn.Module, handler: Handler) -> None:
         "compile": _refusal(module),
         "__getstate__": functools.partial(_plain_state, module),
     }
-    own |= {name: value for name, value in handler.entries().items() if not hasattr(module, name)}
+    entries = handler.entries()
+    own |= {name: value for name, value in entries.items() if not hasattr(module, name)}
+    if "plan" in entries and hasattr(module, "save_pretrained"):
+        own["save_pretrained"] = _saves(module, entries["plan"])
     before = {name: vars(module)[name] for name in own if name in vars(module)}
     own |= {"_dcc_before": before, "_dcc_entries": dict(own)}
     vars(module).update(own)
@@ -203,6 +216,20 @@ def _context(module: nn.Module, handler: Handler) -> Callable[..., Any]:
                     yield
 
     return cache_context
+
+
+def _saves(module: nn.Module, plan: Any) -> Callable[..., Any]:
+    original: Any = module.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        if not os.path.isfile(save_directory):  # else the original says what is wrong
+            path = os.path.join(save_directory, *SAVED)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            plan.save(path)
+        return original(save_directory, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _refusal(module: nn.Module) -> Callable[..., Any]:

@@ -7,7 +7,6 @@ pipelines share, runs the loop for recordings, and sets handlers on the denoiser
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dcc import arguments
 from dcc.errors import AlreadyCompiledError, PeerCacheError, PipelineError, PromptError
 from dcc.record import seam
+from dcc.record.pipeline_call import LATENT, check_call, parameters_of
 from dcc.record.recorder import Recorder, StopAfterFirstCall
-from dcc.torch_internals import COMPILED_CALL, hook_names, progress_bar_settings
+from dcc.torch_internals import COMPILED_CALL, hook_names, is_torch_compiled, progress_bar_settings
 
 DENOISER_NAMES = ("transformer", "unet")
 CACHE_HOOKS = ("cache", "fbc_", "pyramid_attention_broadcast")  # in the names of hooks that are diffusers' caches
@@ -53,7 +54,6 @@ class Samples:
 class PipelineTarget:
     """A DiffusionPipeline whose denoiser is compiled in place."""
 
-    data_range = 1.0  # the range of its decoded samples
     batches = True  # several prompts may share a run
 
     def __init__(self, pipe: Any, call_kwargs: dict[str, Any]) -> None:
@@ -68,34 +68,57 @@ class PipelineTarget:
     def scheduler(self) -> str:
         return type(self.pipe.scheduler).__name__
 
+    @property
+    def data_range(self) -> float | None:
+        """The range of its decoded samples; None where its results are latents."""
+        return None if self._latent else 1.0
+
+    @property
+    def _latent(self) -> bool:
+        return self.call_kwargs.get("output_type") == LATENT
+
     def sample(self, prompts: Sequence[Any]) -> None:
         """One sampling run; several prompts make a batch. Decoding is left out where the pipeline can."""
         self._run(prompts, {"output_type": "latent", "generator": torch.Generator("cpu").manual_seed(0)})
 
     def generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Samples:
-        """The final samples of a batch of prompts; the noise of prompt i comes from seeds[i] alone."""
+        """The final samples of a batch of prompts; the noise of prompt i comes from seeds[i] alone.
+
+        They are decoded, whatever form the caller's results have, unless those are latents.
+        """
         seen: dict[str, Tensor] = {}
+        callers: Any = self.call_kwargs.get("callback_on_step_end")
 
         def step_end(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            values = values if callers is None else callers(pipe, step, timestep, values)
             seen.update({name: value for name, value in values.items() if name == "latents"})
             return values
 
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        with self._watch_decoded(seen):
-            result = self._run(
-                prompts, {"output_type": "pt", "generator": generators, "callback_on_step_end": step_end}
-            )
-        images = _as_batch(result[0])
+        own: dict[str, Any] = {
+            "output_type": LATENT if self._latent else "pt",
+            "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            "callback_on_step_end": step_end,
+        }
+        if hasattr(callers, "tensor_inputs"):  # diffusers' own callbacks say what they want to see
+            own["callback_on_step_end_tensor_inputs"] = callers.tensor_inputs
+        with contextlib.nullcontext() if self._latent else self._watch_decoded(seen):
+            result = self._run(prompts, own)[0]
+        batched = isinstance(result, Tensor) and len(result) == len(prompts)
+        images = result.detach().float().cpu() if batched else _as_batch(result)
         raw = (seen["decoded"].detach().float().cpu() / 2 + 0.5) if "decoded" in seen else images
         raw = raw.reshape(images.shape) if raw.numel() == images.numel() else images
         state = seen["latents"].detach().float().cpu() if "latents" in seen else None
         return Samples(images, raw, state if state is not None and len(state) == len(images) else None)
 
-    def _run(self, prompts: Sequence[Any], defaults: dict[str, Any]) -> Any:
-        """Calls the pipeline on one prompt or a batch, without its progress bar; returns its outputs as a tuple."""
-        kwargs = defaults | self.call_kwargs | {"return_dict": False}
-        accepted = inspect.signature(self.pipe.__call__).parameters
-        kwargs = {name: value for name, value in kwargs.items() if name in accepted}
+    def _run(self, prompts: Sequence[Any], own: dict[str, Any]) -> Any:
+        """Calls the pipeline on one prompt or a batch, without its progress bar; returns its outputs as a tuple.
+
+        `own` are arguments that dcc gives, as far as the pipeline takes them. Raises PipelineError where the pipeline
+        refuses the arguments of one prompt; of a batch it may well, and raises its own error.
+        """
+        accepted = parameters_of(self.pipe)
+        own = {name: value for name, value in (own | {"return_dict": False}).items() if name in accepted}
+        kwargs = self.call_kwargs | own
         prompt: Any = prompts[0]
         if len(prompts) > 1:
             prompt = list(prompts)
@@ -105,6 +128,14 @@ class PipelineTarget:
         self.pipe.set_progress_bar_config(disable=True)
         try:
             return self.pipe(prompt, **kwargs)
+        except (TypeError, ValueError) as error:
+            if len(prompts) > 1:
+                raise
+            given = ", ".join(f"{name}={arguments.shown(value)}" for name, value in self.call_kwargs.items())
+            raise PipelineError(
+                f"{type(self.pipe).__name__} does not run on {arguments.shown(prompts[0])} with {given or 'defaults'}: "
+                f"{error}"
+            ) from error
         finally:
             self.pipe.set_progress_bar_config(**bar)
 
@@ -131,8 +162,9 @@ class PipelineTarget:
                 delattr(processor, name)
 
     def fewer_steps(self, steps: int) -> PipelineTarget | None:
-        """The same pipeline with another number of steps, None where its call takes no such number."""
-        if "num_inference_steps" not in call_parameters(self.pipe):
+        """The same pipeline with another number of steps, None where its call takes no such number, or a list."""
+        listed = any(self.call_kwargs.get(name) is not None for name in ("timesteps", "sigmas"))
+        if listed or "num_inference_steps" not in parameters_of(self.pipe):
             return None
         return PipelineTarget(self.pipe, self.call_kwargs | {"num_inference_steps": steps})
 
@@ -207,21 +239,37 @@ def is_pipeline(model: Any) -> bool:
 
 
 def make_target(model: Any, sample: Callable[..., Any] | None, call_kwargs: dict[str, Any]) -> Target:
-    """The target for a pipeline or module. Raises PipelineError where it is neither, or is not in a fit state."""
+    """The target for a pipeline or module.
+
+    Raises PipelineError where it is neither, is not in a fit state, or does not take the arguments.
+    """
+    check_model(model, sample, call_kwargs)
+    if is_pipeline(model):
+        target: Target = PipelineTarget(model, call_kwargs)
+    else:
+        if sample is None and seam.handler_of(model) is None:
+            raise PipelineError("a bare nn.Module needs sample=fn, where fn(net, prompt) runs one full sampling loop")
+        target = ModuleTarget(model, sample or (lambda net, prompt: None))
+    _check_state(target.module)
+    return target
+
+
+def check_model(model: Any, sample: Any, call_kwargs: dict[str, Any]) -> None:
+    """Raises PipelineError unless `model` is a pipeline or module that takes these arguments, compiled or not."""
+    arguments.function("sample", sample, "lambda net, prompt: loop(net, prompt)")
     if is_pipeline(model):
         if sample is not None:
             raise PipelineError("sample= is for a bare nn.Module; a pipeline brings its own sampling loop")
-        target: Target = PipelineTarget(model, call_kwargs)
-    elif isinstance(model, nn.Module):
-        if sample is None and seam.handler_of(model) is None:
-            raise PipelineError("a bare nn.Module needs sample=fn, where fn(net, prompt) runs one full sampling loop")
-        if call_kwargs:
-            raise PipelineError(f"a bare nn.Module takes no pipeline arguments: {', '.join(call_kwargs)}")
-        target = ModuleTarget(model, sample or (lambda net, prompt: None))
-    else:
+        check_call(model, call_kwargs)
+    elif isinstance(model, seam.Handler):
+        raise PipelineError(
+            f"this {type(model).__name__} runs in the place of a denoiser; give the pipeline or the nn.Module that it "
+            "was compiled for"
+        )
+    elif not isinstance(model, nn.Module):
         raise PipelineError(f"expected a diffusers pipeline or an nn.Module, got {type(model).__name__}")
-    _check_state(target.module)
-    return target
+    elif call_kwargs:
+        raise PipelineError(f"a bare nn.Module takes no pipeline arguments: {', '.join(call_kwargs)}")
 
 
 def load_pipeline(folder: str) -> Any:
@@ -235,18 +283,18 @@ def load_pipeline(folder: str) -> Any:
 
 def call_parameters(model: Any) -> list[str]:
     """Names of the arguments that a pipeline's call takes, none for a module."""
-    return list(inspect.signature(model.__call__).parameters) if is_pipeline(model) else []
+    return list(parameters_of(model)) if is_pipeline(model) else []
 
 
-def check_prompts(prompts: Any, text: bool) -> list[Any]:
-    """The calibration prompts as a list. Raises PromptError unless they are a non-empty list (of strings if `text`)."""
-    if prompts is None or isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-        raise PromptError(f"calib_prompts must be a list, e.g. ['a red circle']; got {type(prompts).__name__}")
+def check_prompts(prompts: Any, text: bool, name: str = "prompts") -> list[Any]:
+    """The prompts as a list. Raises PromptError unless they are a non-empty list (of strings if `text`)."""
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        raise PromptError(f"{name} must be a list, e.g. ['a red circle']; got {type(prompts).__name__}")
     if not prompts:
-        raise PromptError("calib_prompts is empty; give at least one prompt like those you will serve")
+        raise PromptError(f"{name} is empty; give at least one prompt like those you will serve")
     for index, prompt in enumerate(prompts):
         if text and not isinstance(prompt, str):
-            raise PromptError(f"calib_prompts[{index}] is a {type(prompt).__name__}, not a string")
+            raise PromptError(f"{name}[{index}] is a {type(prompt).__name__}, not a string")
     return list(prompts)
 
 
@@ -300,10 +348,7 @@ def _denoiser_name(pipe: Any) -> str:
 def _check_state(module: nn.Module) -> None:
     """Refuses a denoiser that is compiled already, that another cache patches, or that is being trained."""
     name = type(module).__name__
-    if seam.handler_of(module) is not None:
-        raise AlreadyCompiledError(
-            f"{name} is compiled by dcc already; dcc.restore it first, then compile with new settings"
-        )
+    _check_uncompiled(module)
     marks = [mark for mark in PEER_MARKS if getattr(module, mark, None)]
     for path, part in module.named_modules():
         where = path or name
@@ -315,9 +360,30 @@ def _check_state(module: nn.Module) -> None:
             f"another cache is active on {name} ({found}); two caches would feed each other stale features. Take it "
             "off (diffusers: disable_cache(), cache-dit: disable_cache(pipe)) and compile again"
         )
-    if vars(module).get(COMPILED_CALL) is not None:
-        raise PipelineError(f"{name}.compile() was called on it; give dcc the module itself, it compiles it")
-    if hasattr(module, "_orig_mod"):
-        raise PipelineError(f"{name} is wrapped by torch.compile; give dcc the module itself, it compiles it")
     if module.training:
         raise PipelineError(f"{name} is in training mode; call .eval() on it first")
+
+
+def _check_uncompiled(module: nn.Module) -> None:
+    """Raises AlreadyCompiledError where dcc has compiled the module or a part of it, PipelineError for torch.compile.
+
+    Before anything else is looked at: both replace `forward`, which looks like another library's patch.
+    """
+    name = type(module).__name__
+    parts = dict(module.named_modules())
+    ours = next((path for path, part in parts.items() if seam.handler_of(part) is not None), None)
+    if ours is not None:
+        what = f"{type(parts[ours]).__name__} (.{ours} of {name})" if ours else name
+        raise AlreadyCompiledError(
+            f"{what} is compiled by dcc already; dcc.restore it first, then compile with new settings"
+        )
+    for path, part in parts.items():
+        where = f".{path} of {name}" if path else "it"
+        if is_torch_compiled(part):
+            raise PipelineError(
+                f"{where if path else name} is wrapped by torch.compile; give dcc the module itself, it compiles it"
+            )
+        if vars(part).get(COMPILED_CALL) is not None:
+            raise PipelineError(
+                f"{name}: .compile() was called on {where}; give dcc the module as it was before, it compiles it"
+            )

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcc import arguments
 from dcc.compiler import check_plan, compile, compiled, cost
 from dcc.discover.subject import Subject
 from dcc.errors import PipelineError, PolicyError
 from dcc.lower.program import Backend, check_backend
+from dcc.measure.finite import all_finite, not_finite
 from dcc.plans.plan import Plan
 from dcc.policies import Setting, make_policy, parameter_names
 from dcc.policies.setting import plan_for, setting_of
@@ -26,6 +28,7 @@ from dcc.record.target import (
     Samples,
     Target,
     call_parameters,
+    check_model,
     check_prompts,
     denoiser_of,
     is_pipeline,
@@ -84,15 +87,17 @@ def evaluate(
 
     Raises a subclass of DccError for malformed arguments before any work, and where the model cannot be run uncached.
     """
-    say = progress or (lambda line: None)
     wanted = named(plans_or_policies)
-    prompts = _check(model, prompts, batch_size, backend, data_range, pipeline_kwargs)
+    say, seed = arguments.progress_of(progress), arguments.seed_of(seed)
+    if calib_prompts is not None:
+        check_prompts(calib_prompts, is_pipeline(model), "calib_prompts")
+    prompts = _check(model, prompts, sample, batch_size, backend, data_range, shown, pipeline_kwargs)
     with _uncompiled(model) as original, torch.no_grad():
         base = _uncached(original, prompts, sample, backend, say, pipeline_kwargs)
         target = make_target(original, sample, pipeline_kwargs)
         reference = Arm(Row(UNCACHED, base.plan), base)
         subject = replace(base.subject, target=target)
-        calibration = prompts if calib_prompts is None else _check_calibration(model, calib_prompts)
+        calibration = prompts if calib_prompts is None else list(calib_prompts)
         setting = setting_of(subject, calibration, seed=seed, progress=say)
         arms: list[Arm] = []
         for name, value in wanted.items():
@@ -131,7 +136,7 @@ def named(plans_or_policies: Any) -> dict[str, Wanted]:
             unknown = [key for key in parameters if key not in known]
             if unknown:
                 raise PolicyError(
-                    f"entry {name or index}: policy {policy!r} takes no parameter {', '.join(map(repr, unknown))}; "
+                    f"entry {name or index}: policy {policy!r} takes no parameter {arguments.listed(unknown, known)}; "
                     f"it takes: {', '.join(known)}"
                 )
             value = (policy, dict(parameters))
@@ -283,11 +288,10 @@ def _take_turns(
         seeds = [seed + first + i for i in range(len(batch))]
         say(f"prompts: {first + 1} of {len(prompts)}, {UNCACHED}")
         truth = reference.turn(target, batch, seeds)
-        if not bool(truth.images.isfinite().all()):
-            raise PipelineError(
-                f"the uncached sample of prompt {first + 1} has values that are not finite; there is nothing to "
-                "compare with. Check the dtype and the arguments of the call"
-            )
+        for i, sample in enumerate(truth.images.reshape(len(batch), -1)):
+            if not all_finite(sample):
+                assert reference.net is not None  # the reference has run
+                raise PipelineError(not_finite(reference.net.subject, batch[i], seeds[i], f"prompt {first + i + 1}"))
         for arm in (arm for arm in arms if not arm.row.error):
             say(f"prompts: {first + 1} of {len(prompts)}, {arm.row.name}")
             with arm.attempt(f"prompt {first + 1}"):
@@ -329,10 +333,6 @@ def _uncompiled(model: Any) -> Iterator[Any]:
         yield model
 
 
-def _check_calibration(model: Any, prompts: Any) -> list[Any]:
-    return check_prompts(prompts, text=is_pipeline(model))
-
-
 def _made_up(policy: str, parameters: Mapping[str, Any]) -> str:
     """A name such as "taylorseer interval=4 order=1", cut where it gets long; a steps mask is written as digits."""
 
@@ -344,21 +344,32 @@ def _made_up(policy: str, parameters: Mapping[str, Any]) -> str:
 
 
 def _check(
-    model: Any, prompts: Any, batch_size: int | None, backend: str, data_range: float | None, call: Mapping[str, Any]
+    model: Any,
+    prompts: Any,
+    sample: Any,
+    batch_size: Any,
+    backend: str,
+    data_range: Any,
+    shown: Any,
+    call: dict[str, Any],
 ) -> list[Any]:
     """The prompts as a list. Raises PromptError, LoweringError or PipelineError for malformed arguments."""
-    checked = check_prompts(prompts, text=is_pipeline(model))
+    checked = check_prompts(prompts, is_pipeline(model))
     check_backend(backend)
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise PipelineError(f"batch_size={batch_size!r} must be a whole number of 1 or more")
-    if data_range is not None and not data_range > 0:
-        raise PipelineError(f"data_range={data_range!r} must be more than 0")
+    arguments.whole("shown", shown)
+    if batch_size is not None:
+        arguments.whole("batch_size", batch_size, 1, error=PipelineError)
+    if data_range is not None:
+        arguments.positive("data_range", data_range, PipelineError)
     unknown = [name for name in call if name not in call_parameters(model)]
     if unknown:
         raise PipelineError(
-            f"unknown keyword {', '.join(map(repr, unknown))}: not an argument of the pipeline's call. Parameters of a "
-            "policy go beside its name: ('taylorseer', {'interval': 4})"
+            f"unknown keyword {arguments.listed(unknown, call_parameters(model))}: not an argument of the pipeline's "
+            "call. Parameters of a policy go beside its name: ('taylorseer', {'interval': 4})"
         )
+    check_model(model, sample, call)
+    if sample is None and not is_pipeline(model):
+        raise PipelineError("a bare nn.Module needs sample=fn, where fn(net, prompt) runs one full sampling loop")
     return checked
 
 

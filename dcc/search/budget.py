@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from dcc import arguments
 from dcc.discover.subject import Subject
 from dcc.errors import BudgetError, ProfileError
 from dcc.measure.profile import Profile
@@ -114,14 +115,23 @@ def budget_of(
     named = [n for n, v in {"speedup": speedup, "quality": quality, "latency": latency}.items() if v is not None]
     if len(named) > 1:
         raise BudgetError(f"{' and '.join(named)} are two budgets; name one (cache_bytes combines with any)")
-    if effort not in EFFORTS:
-        raise BudgetError(f"unknown effort {effort!r}; there are: {', '.join(EFFORTS)}")
+    check_effort(effort)
     if latency is not None:
-        if isinstance(latency, bool) or not isinstance(latency, (int, float)) or not latency > 0:
-            raise BudgetError(f"latency={latency!r} must be a positive number of milliseconds")
+        latency = arguments.positive("latency", latency, BudgetError, unit="milliseconds")
+    if cache_bytes is not None:
+        cache_bytes = arguments.whole("cache_bytes", cache_bytes, 1, error=BudgetError)
+    if speedup is not None:
+        speedup = arguments.positive("speedup", speedup, BudgetError)
+    if quality is not None:
+        quality = arguments.positive("quality", quality, BudgetError, unit="dB")
     goal = Goal(speedup, quality if named else DEFAULT_QUALITY, cache_bytes) if latency is None else None
     split(prompts)
     return Budget(goal, latency, cache_bytes, effort)
+
+
+def check_effort(effort: Any) -> None:
+    """Raises BudgetError, listing what there is, for an unknown effort."""
+    arguments.chosen("effort", effort, EFFORTS, BudgetError)
 
 
 def plan_within(
@@ -142,7 +152,7 @@ def plan_within(
             raise ProfileError(f"the profile has {profile.steps} steps, this run {subject.steps}; calibrate this run")
     goal = budget.goal or Goal(_speedup_for(candidates, budget, prompts[0], seed, progress), None, budget.cache_bytes)
     loops = [
-        _loop(candidates, [prompts[i] for i in chosen], [seed + i for i in chosen], data_range, traced, progress)
+        _loop(candidates, prompts, chosen, seed, data_range, traced, progress)
         for chosen, traced in ((fitting, True), (held_back, False))
     ]
     names = [name for name in SITES if name in subject.sites]
@@ -164,22 +174,25 @@ def plan_within(
 
 def _loop(
     candidates: Candidates,
-    prompts: list[Any],
-    seeds: list[int],
+    prompts: Sequence[Any],
+    chosen: Sequence[int],
+    seed: int,
     data_range: float | None,
     traced: bool,
     progress: Callable[[str], None],
 ) -> ClosedLoop:
+    """The uncached runs of the chosen prompts, which are named by their place among all."""
     subject = candidates.subject
     batch_size = BATCH if subject.sites.flops < SMALL and subject.target.batches else 1
     return prepare(
         subject,
         candidates.net,
-        prompts,
-        seeds,
+        [prompts[i] for i in chosen],
+        [seed + i for i in chosen],
         batch_size=batch_size,
         data_range=data_range,
         traced=traced,
+        names=[f"prompt {i + 1}" for i in chosen],
         progress=progress,
     )
 

