@@ -20,7 +20,7 @@ class OwnCall(Net):
         return super().__call__(*args, **kwargs) * 2
 
 
-@odd("classes")
+@odd("classes", long=True)
 class CallThatCounts(Net):
     """Its `__call__` counts."""
 
