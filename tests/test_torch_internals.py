@@ -266,8 +266,8 @@ def test_a_module_calls_what_is_set_in_the_place_of_itself():
 
 def test_what_torch_compile_returns_keeps_the_module():
     net = nn.Linear(2, 2)
-    assert internals.is_torch_compiled(torch.compile(net))
-    net.compile()
+    assert internals.is_torch_compiled(torch.compile(net, backend="eager"))
+    net.compile(backend="eager")
     assert not internals.is_torch_compiled(net)  # that sets _compiled_call_impl
 
 
@@ -324,3 +324,24 @@ def test_progress_bar_settings_are_read_back():
     assert internals.progress_bar_settings(pipe) == {}
     pipe.set_progress_bar_config(disable=True)
     assert internals.progress_bar_settings(pipe) == {"disable": True}
+
+
+def test_the_attention_backend_is_what_diffusers_was_told():
+    from diffusers.models import attention_dispatch
+
+    plain = internals.attention_backend()
+    assert plain == attention_dispatch.AttentionBackendName.NATIVE
+    with attention_dispatch.attention_backend("_native_math"):
+        assert internals.attention_backend() == attention_dispatch.AttentionBackendName._NATIVE_MATH
+    assert internals.attention_backend() == plain
+
+
+def test_hooks_around_all_modules_are_seen():
+    assert not internals.global_hooks()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert internals.global_hooks()
+    handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+    assert internals.global_hooks()
+    handle.remove()
+    assert not internals.global_hooks()

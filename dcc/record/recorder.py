@@ -126,6 +126,11 @@ class Recorder(Handler):
             self.inputs.setdefault(name, _Input()).see(tensor)
         return plain_call(self.module)(*args, **kwargs)
 
+    @property
+    def once(self) -> bool:
+        """Whether the run had one step: no stream was called twice."""
+        return len(set(self.contexts)) == self.calls
+
     def result(self) -> Recording:
         """The run as a Recording. Raises CaptureError where the denoiser was never called."""
         if self.first is None:
@@ -137,10 +142,11 @@ class Recorder(Handler):
         steps = len(set(scalars)) or self.calls
         per_step = math.ceil(self.calls / steps)
         seen = {n: i for n, i in self.inputs.items() if n in self.first.names or n in as_tensors}
-        varying = frozenset(name for name, i in seen.items() if len(i.values) > min(per_step, MAX_STREAMS))
+        varying = frozenset(name for name, i in seen.items() if self.once or len(i.values) > min(per_step, MAX_STREAMS))
         fixed = {name: i for name, i in seen.items() if name not in varying and len(i.which) == self.calls}
         streams = list(zip(self.contexts, *(i.which for i in fixed.values()), strict=True))
         levels = tuple(level for level, stream in zip(scalars, streams, strict=False) if stream == streams[0])
+        levels = levels[:1] if self.once else levels
         keys = tuple(name for name, i in fixed.items() if i.stable)
         sides = [i.halves for n, i in fixed.items() if i.values[0].dim() > 1 and len(i.values[0]) % 2 == 0]
         moving = [seen[name].halves for name in varying if seen[name].values[0].dim() > 1]
@@ -152,7 +158,7 @@ class Recorder(Handler):
         candidates = {
             name: [s for s in i.scalars if s is not None]
             for name, i in self.inputs.items()
-            if all(s is not None for s in i.scalars) and len(set(i.scalars)) > 1
+            if all(s is not None for s in i.scalars) and (self.once or len(set(i.scalars)) > 1)
         }
         if not candidates:
             return None, []

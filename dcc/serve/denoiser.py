@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dcc import arguments
 from dcc.capture.export import capture, keep, refresh
 from dcc.capture.watch import Watch
 from dcc.discover.sites import Sites
@@ -225,6 +226,8 @@ class CompiledDenoiser(Handler):
         Needed only to interleave, in one thread, several generations that share the very same prompt tensors. A
         session with a name may be entered again for its next call; one without is forgotten on leaving.
         """
+        if name is not None:
+            arguments.text("name", name, "request-1")
         owner = name if name is not None else f"session-{next(self._numbers)}"
         token = self._session.set(owner)
         try:

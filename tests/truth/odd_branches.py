@@ -111,7 +111,7 @@ class AsksForTheSize(Net):
         return self.out(h if x.shape[1] > 6 else h.sin())
 
 
-@odd("branches")
+@odd("branches", long=True)
 class ComparesSizes(Net):
     """Computes otherwise for an even number of tokens, and where the text is shorter than the sample."""
 
@@ -347,7 +347,7 @@ def conditioned_on_itself(net: Any, prompt: Prompt, see: See) -> Tensor:
     return x
 
 
-@odd("branches", loop=conditioned_on_itself)
+@odd("branches", loop=conditioned_on_itself, long=True)
 class AsksForIdentity(Net):
     """Computes otherwise where two arguments are one tensor."""
 

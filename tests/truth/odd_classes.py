@@ -20,7 +20,7 @@ class OwnCall(Net):
         return super().__call__(*args, **kwargs) * 2
 
 
-@odd("classes", by_hand=False)
+@odd("classes", by_hand=False, long=True)
 class CallThatCounts(Net):
     """Its `__call__` counts, around a compiled module too, which a cache written by hand does not call."""
 

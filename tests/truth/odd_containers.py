@@ -332,7 +332,7 @@ def of_two_lengths(net: Any, prompt: Prompt, see: See) -> Tensor:
     return x
 
 
-@odd("containers", loop=of_two_lengths, by_hand=False)
+@odd("containers", loop=of_two_lengths, by_hand=False, long=True)
 class ControlledForAWhile(Net):
     """An argument that is there only for the first steps."""
 

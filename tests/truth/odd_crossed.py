@@ -134,7 +134,7 @@ class RemembersFromTheThird(Net):
         return out
 
 
-@odd("crossed", loop=with_ints, between=clear)
+@odd("crossed", loop=with_ints, between=clear, long=True)
 class KeepsAtLowLevels(Net):
     """Keeps what it made of the text at the lower levels, which are ints, and only there."""
 

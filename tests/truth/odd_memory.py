@@ -145,7 +145,7 @@ def expanded(net: Any, prompt: Prompt, see: See) -> Tensor:
     return x
 
 
-@odd("memory", loop=expanded)
+@odd("memory", loop=expanded, long=True)
 class TakesExpanded(Net):
     """Answers otherwise where a stride is zero."""
 
@@ -301,7 +301,7 @@ class GivesComplexNumbers(Net):
         return out, spectrum, spectrum.conj()
 
 
-@odd("memory")
+@odd("memory", long=True)
 class SparseInside(Net):
     """Multiplies by a sparse matrix that it keeps."""
 
