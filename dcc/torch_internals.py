@@ -34,6 +34,7 @@ __all__ = [
     "OpOverload",
     "SizeEnvironment",
     "attention_backend",
+    "children",
     "compile_with_inductor",
     "expression",
     "fake_mode_with_sizes",
@@ -74,6 +75,7 @@ ASSERTIONS = frozenset(  # what torch.export leaves in a graph to check a value,
     }
 )
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's FLOP counter knows the GPU's only
+REGISTERED = ("_parameters", "_buffers", "_modules")  # a module's own dictionaries of what is registered
 COMPILED_CALL = "_compiled_call_impl"  # what nn.Module calls in place of itself; nn.Module.compile sets it
 SIZE_EXPRESSIONS: dict[str, Any] = {  # what the sizes of a graph are made of, by the name of its class
     function.__name__: function
@@ -173,7 +175,7 @@ def expression(size: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
     return size.node.expr
 
 
-def symbols_of(size: int | torch.SymInt) -> set[str]:
+def symbols_of(size: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> set[str]:
     """Names of the symbols that a size is made of; none for a fixed one."""
     return set() if isinstance(size, int) else {str(symbol) for symbol in expression(size).free_symbols}
 
@@ -240,6 +242,11 @@ def version(tensor: Tensor) -> int | None:
 def slots(module: nn.Module) -> tuple[dict[str, nn.Parameter | None], dict[str, Tensor | None]]:
     """A module's own dictionaries of parameters and of buffers, in which a swapped weight is seen at once."""
     return module._parameters, module._buffers
+
+
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's own dictionary of the modules in it."""
+    return module._modules
 
 
 def plain_call(module: nn.Module) -> Callable[..., Any]:

@@ -336,6 +336,12 @@ def test_the_attention_backend_is_what_diffusers_was_told():
     assert internals.attention_backend() == plain
 
 
+def test_what_is_registered_stands_in_dictionaries_of_the_module():
+    net = nn.Sequential(nn.Linear(2, 2))
+    assert internals.children(net) == {"0": net[0]} and internals.children(net) is vars(net)["_modules"]
+    assert [vars(net[0])[name] for name in internals.REGISTERED] == [*internals.slots(net[0]), {}]
+
+
 def test_hooks_around_all_modules_are_seen():
     assert not internals.global_hooks()
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)

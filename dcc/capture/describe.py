@@ -85,4 +85,5 @@ class _Describer:
 
     def kind(self, kind: type) -> Any:
         """A class with the code that it runs when called, which may have been patched."""
-        return self.name(kind), *map(self.name, code_of(kind))
+        given = (str(part) if isinstance(part, PLAIN) else self.name(part) for part in code_of(kind))
+        return self.name(kind), *given

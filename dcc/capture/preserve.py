@@ -18,7 +18,6 @@ from dcc.errors import CaptureError
 from dcc.record.seam import is_of_the_seam
 
 SMALL_MODULE = 1 << 24  # numbers in all of its parameters
-_MISSING = object()
 
 
 @contextlib.contextmanager
@@ -36,7 +35,8 @@ def preserved(module: nn.Module) -> Iterator[None]:
             "after dcc has tried the module out; give it something that can be read again"
         )
     classes = [(part, type(part)) for part in walk.modules.values()]
-    slotted = [(thing, names_and_values(thing)) for thing in (*walk.objects, *walk.modules.values())]
+    objects = (*walk.objects, *walk.modules.values())
+    slotted = [(thing, name, value) for thing in objects for name, value in names_and_values(thing)]
     contents = [(container, _copy(container)) for container in walk.containers]
     tensors = [t for _, t in (*walk.loose, *walk.weights) if t.layout is torch.strided and not t.is_meta]
     small = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) <= SMALL_MODULE
@@ -52,10 +52,8 @@ def preserved(module: nn.Module) -> Iterator[None]:
                     part.__class__ = kind
             for container, before in contents:
                 _put_back(container, before)
-            for thing, before in slotted:
-                for name, value in before:
-                    if getattr(thing, name, _MISSING) is not value:
-                        setattr(thing, name, value)
+            for thing, name, value in slotted:
+                setattr(thing, name, value)
             for tensor, value in values:
                 if tensor.shape != value.shape or not torch.equal(tensor, value):
                     _write(tensor, value)
@@ -66,7 +64,7 @@ def preserved(module: nn.Module) -> Iterator[None]:
                 put_back()
 
 
-def _remembered(generator: Any) -> Callable[[], None]:
+def _remembered(generator: Any) -> Callable[[], Any]:
     """What puts a random number generator back to where it is now."""
     if isinstance(generator, torch.Generator):
         return functools.partial(generator.set_state, generator.get_state())
@@ -93,8 +91,8 @@ def numbers() -> tuple[Any, ...]:
     """The states of the global random number generators, in a form that compares."""
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     torch_states = [bytes(state.numpy()) for state in (torch.get_rng_state(), *devices)]
-    name, keys, *rest = np.random.get_state()
-    return random.getstate(), name, keys.tobytes(), *rest, *torch_states
+    state: Any = np.random.get_state()
+    return random.getstate(), state[0], state[1].tobytes(), *state[2:], *torch_states
 
 
 def _copy(container: Any) -> list[Any]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dcc.record.seam import own_vars
-from dcc.torch_internals import attention_backend, global_hooks, pytree, slots, version
+from dcc.torch_internals import REGISTERED, attention_backend, children, global_hooks, pytree, slots, version
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 LONGEST = 4096  # items of a container that are looked at one by one; of longer ones, only how many there are
@@ -101,41 +101,37 @@ class Walk:
 
     def _follow_module(self, path: str, module: nn.Module, depth: int) -> None:
         self.modules[path] = module
-        parameters, buffers = slots(module)
         own = own_vars(module)
         self.containers.append(vars(module))
         if path == "" or any(_join(path, name) in self.ignored for name in own):
             self.views.append(functools.partial(_kept, module, path, self.ignored))
         else:
             self.attributes.append(own)
-        for name, value in names_and_values(module):
-            self.views.append(functools.partial(slotted, module))
-            self._meet(_join(path, name), value, depth)
+        if names_and_values(module):
+            self._view(path, functools.partial(slotted, module), depth)
+        for held in (*slots(module), children(module)):
+            self._seen.add(id(held))
+            self.containers.append(held)
+            self.views.append(held.values)
+        for key, child in children(module).items():
+            self._meet(_join(path, key), child, depth - 1)
+        for key, tensor in itertools.chain.from_iterable(held.items() for held in slots(module)):
+            self._hold(_join(path, key), tensor)
         for name, value in own.items():
             attribute = _join(path, name)
-            if attribute in self.ignored:
-                continue
-            if name not in _INTERNAL and not isinstance(value, PLAIN):
-                self.places.append((vars(module), name, value))
-            if value is parameters or value is buffers:
-                self._seen.add(id(value))
-                self.containers.append(value)
-                self.views.append(value.values)
-                for key, tensor in value.items():
-                    self.items.append((_join(path, key), tensor))
-                    if is_lazy(tensor):
-                        self.unique.append(_join(path, key))
-                    elif tensor is not None:
-                        self._seen.add(id(tensor))
-                        self.weights.append((_join(path, key), tensor))
-            elif name == "_modules":
-                self._seen.add(id(value))
-                self.containers.append(value)
-                self.views.append(value.values)
-                for key, child in value.items():
-                    self._meet(_join(path, key), child, depth - 1)
-            else:
+            if attribute not in self.ignored and name not in REGISTERED:
+                if name not in _INTERNAL and not isinstance(value, PLAIN):
+                    self.places.append((vars(module), name, value))
                 self._meet(attribute, value, depth)
+
+    def _hold(self, attribute: str, tensor: Tensor | None) -> None:
+        """Notes a parameter or a buffer."""
+        self.items.append((attribute, tensor))
+        if tensor is not None and is_lazy(tensor):
+            self.unique.append(attribute)
+        elif tensor is not None:
+            self._seen.add(id(tensor))
+            self.weights.append((attribute, tensor))
 
     def _contain(self, attribute: str, container: Any, values: Callable[[], Iterable[Any]], depth: int) -> None:
         self.containers.append(container)
@@ -190,7 +186,7 @@ class Mark:
         self.addresses = list(map(address, self.weights))
         self.loose = [tensor for _, tensor in walk.loose]
         self.versions = list(map(version, self.loose))
-        self.world = world()
+        self.world, self.library = world(), library()
 
     def holds(self) -> bool:
         """Whether the module is still in this state."""
@@ -206,6 +202,7 @@ class Mark:
                 and list(map(version, self.loose)) == self.versions
                 and list(map(code_of, self.classes)) == self.code
                 and world() == self.world
+                and library() == self.library
             )
         except Exception:  # values that do not compare, or a container that another thread changes: look closer
             return False
@@ -248,6 +245,11 @@ def world() -> tuple[Any, ...]:
     return torch.get_default_dtype(), attention_backend(), *modes
 
 
+def library() -> tuple[Any, ...]:
+    """The functions that modules are made of, of which some get patched."""
+    return tuple(vars(nn.functional).values())
+
+
 def address(tensor: Tensor) -> int:
     """Where the values of a tensor are; moving, casting, and emptying it in place all change that."""
     plain = type(tensor) in (nn.Parameter, Tensor) and tensor.layout is torch.strided
@@ -263,14 +265,19 @@ def values_of(tensor: Tensor) -> bytes:
 
 
 def code_of(kind: type) -> tuple[Any, ...]:
-    """What instances of a class run when they are called; replaced by those who patch a class."""
-    return tuple(getattr(kind, name) for name in _called(kind))
+    """What a class gives to its instances: the code that they run when called, and the attributes of classes.
+
+    Of torch's and Python's own classes only the former, which is all that gets patched there.
+    """
+    called, bases = _bases(kind)
+    return *(getattr(kind, name) for name in called), *_all(vars(base).values() for base in bases)
 
 
 @functools.cache
-def _called(kind: type) -> tuple[str, ...]:
-    names = ("forward", "__call__")
-    return tuple(name for name in names if any(name in vars(base) for base in kind.__mro__))
+def _bases(kind: type) -> tuple[tuple[str, ...], tuple[type, ...]]:
+    called = tuple(name for name in ("forward", "__call__") if any(name in vars(base) for base in kind.__mro__))
+    roots = ((base, base.__module__.partition(".")[0]) for base in kind.__mro__)
+    return called, tuple(base for base, root in roots if root != "torch" and root not in sys.stdlib_module_names)
 
 
 def has_attributes(value: Any) -> bool:

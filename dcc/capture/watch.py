@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dcc.capture.describe import described
-from dcc.capture.state import Mark, world
+from dcc.capture.state import Mark, library, world
 from dcc.record.seam import own_vars
 from dcc.torch_internals import global_hooks, hook_names, version
 
@@ -89,7 +89,8 @@ def lasting_digest(module: nn.Module) -> str:
 
 
 def _digest(module: nn.Module, name: Callable[[Any], Any], ignored: frozenset[str]) -> str:
-    return hashlib.sha256(repr((described(module, name, ignored), world())).encode()).hexdigest()
+    functions = tuple(name(function) for function in library() if callable(function))
+    return hashlib.sha256(repr((described(module, name, ignored), world(), functions)).encode()).hexdigest()
 
 
 def hooks_of(module: nn.Module) -> str | None:

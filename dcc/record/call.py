@@ -58,7 +58,8 @@ class Call:
     def own_arguments(self, tensors: Sequence[Tensor] | None = None) -> tuple[list[Any], dict[str, Any]]:
         """The arguments as the module itself takes them: by position those that the caller gave so, numbers as such."""
         tensors = self.tensors if tensors is None else tensors
-        own = self.arguments([t.item() if n in self.numbers else t for n, t in zip(self.names, tensors, strict=True)])
+        values: list[Any] = [t.item() if n in self.numbers else t for n, t in zip(self.names, tensors, strict=True)]
+        own = self.arguments(values)
         positional = [own.pop(name) for name in list(own)[: len(self.given[0]) if self.given else 0]]
         return positional, own
 

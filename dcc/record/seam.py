@@ -192,12 +192,13 @@ def _calls(module: nn.Module, handler: Handler) -> Callable[..., Any]:
 
 
 def _forwards(module: nn.Module, handler: Handler) -> Callable[..., Any]:
-    original = module.forward
+    own = vars(module).get("forward")
 
-    @functools.wraps(original)
+    @functools.wraps(module.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if _runs_plain(module) or handler_of(module) is not handler:
-            return original(*args, **kwargs)
+            # looked up now, because classes are patched
+            return own(*args, **kwargs) if own else type(module).forward(module, *args, **kwargs)
         return handler(*args, **kwargs)
 
     return torch.compiler.disable(forward)
