@@ -83,7 +83,7 @@ def lasting_digest(module: nn.Module) -> str:
 
     def name(value: Any) -> str:
         kind = value if hasattr(value, "__qualname__") else type(value)
-        return f"{kind.__module__}.{kind.__qualname__}"
+        return f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
 
     return _digest(module, name, frozenset())
 
