@@ -141,6 +141,19 @@ class Captured:
         for weight in self.weights.values():
             weight.owners[weight.path] = slots_of(module, weight.path)
 
+    def is_like(self, other: Captured) -> bool:
+        """Whether another captured graph computes the same from the same weights: what was lowered serves it too."""
+        return (
+            self.problem is None
+            and other.problem is None
+            and self.call.signature == other.call.signature
+            and self._symbols == other._symbols
+            and {n: w.path for n, w in self.weights.items()} == {n: w.path for n, w in other.weights.items()}
+            and self.constants.keys() == other.constants.keys()
+            and all(torch.equal(value, other.constants[name]) for name, value in self.constants.items())
+            and str(self.graph_module.graph) == str(other.graph_module.graph)
+        )
+
     def agrees(self, module: nn.Module, call: Call) -> bool:
         """Whether the graph gives the module's own outputs for this call; compared once per layout and grad mode."""
         kind = call.layout, torch.is_grad_enabled()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dcc import arguments
 from dcc.capture.export import capture, keep, refresh
-from dcc.capture.watch import Watch
+from dcc.capture.watch import State, Watch
 from dcc.discover.sites import Sites
 from dcc.discover.subject import Subject
 from dcc.errors import CaptureError, PassError, PlanError, SiteError
@@ -178,10 +178,14 @@ class CompiledDenoiser(Handler):
         with torch.no_grad():
             call.twin().run(self.module)
         state = self.watch.look()
-        if state != family.captured.state:
-            family = replace(family, captured=replace(family.captured, state=state))
-            keep(self.module, family.captured)
-            self.families.append(family)
+        return family if state == family.captured.state else self._alias(family, state)
+
+    def _alias(self, family: Family, state: State) -> Family:
+        """The same, for another state in which the module computes the same."""
+        family = replace(family, captured=replace(family.captured, state=state))
+        keep(self.module, family.captured)
+        family.captured.read_from(self.module)
+        self.families.append(family)
         return family
 
     def _fitting(self, call: Call) -> Family | str:
@@ -190,6 +194,8 @@ class CompiledDenoiser(Handler):
         for family in here:
             if family.captured.accepts(call) and family.captured.agrees(self.module, call):
                 return family
+        if state.hooks is not None:  # trying it out would run them, and they may be others at the next call
+            return f"it has {state.hooks}"
         most = MOST_IN_A_RUN if self.restless else MOST_STATES
         if len({family.captured.state.digest for family in self.families}) >= most:
             return f"it has been in more than {most} states, each of which would be captured"
@@ -198,10 +204,12 @@ class CompiledDenoiser(Handler):
         except CaptureError as error:
             return str(error)
         self.watch.ignore(captured.ignored)
+        if twin := next((family for family in self.families if family.captured.is_like(captured)), None):
+            return self._alias(twin, captured.state)
         try:
             family = self.runner.build(self.subject.sites_of(captured))
         except (SiteError, PlanError, PassError) as error:
-            return f"{captured.problem or 'as it is now, the plan does not fit it'}; {error}"
+            return captured.problem or f"as it is now, the plan does not fit it: {error}"
         self.families.append(family)
         return family
 

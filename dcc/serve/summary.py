@@ -72,7 +72,7 @@ class Summary:
             backend=backend,
             variants=len(plan.rows),
             programs=len(programs),
-            captures=len(captures),
+            captures=len({id(c.graph_module) for c in captures}),
             captured="; ".join(dict.fromkeys(c.origin for c in captures)),
             compile_seconds=sum(p.seconds for p in programs),
             computed=counts.computed,
