@@ -269,7 +269,10 @@ def test_host_overhead_prints_its_rows(results: Path, capsys: pytest.CaptureFixt
     rows = json.loads((results / "host_overhead.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["1 selector", "4 selectors"]
     assert all(0 < row["forecast_ms"] < 100 and 0 < row["full_ms"] < 100 for row in rows)
-    assert "4 selectors: forecast step" in capsys.readouterr().out
+    look = json.loads((results / "host_overhead.json").read_text())["look"]
+    assert look["modules"] > 50 and 0 < look["look_ms"] < 100 and 0 < look["share"] < 0.5
+    out = capsys.readouterr().out
+    assert "4 selectors: forecast step" in out and f"a look at {look['modules']} modules" in out
 
 
 def test_kernels_agree_with_their_references_and_ask_for_a_gpu() -> None:
