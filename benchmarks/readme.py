@@ -298,8 +298,8 @@ def host_overhead(data: dict[str, Any]) -> str:
         lines.append(f"| {number} | {row['forecast_ms']:.2f} ms | {row['full_ms']:.2f} ms | {row['calls']} |")
     if look := data.get("look"):
         said = (
-            f"Twice in a request dcc looks whether the denoiser is as it was. With the {look['modules']:,} modules of a "
-            f"full-size multimodal DiT a look takes {look['look_ms']:.2f} ms; two looks are {look['share']:.3%} of a "
+            f"Twice in a request dcc looks whether the denoiser is as it was. With the {look['modules']:,} modules of "
+            f"a full-size multimodal DiT a look takes {look['look_ms']:.2f} ms; two looks are {look['share']:.3%} of a "
             f"generation of {look['steps']} steps with one of width 256 on this machine."
         )
         lines += ["", wrapped(said)]

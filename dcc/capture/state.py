@@ -180,13 +180,18 @@ class Mark:
         self.long, self.lengths = walk.long, list(map(len, walk.long))
         self.owners = [*walk.modules.values(), *walk.objects]
         self.kinds = list(map(type, self.owners))
-        self.classes = list(dict.fromkeys(self.kinds))
-        self.code = list(map(code_of, self.classes))
-        self.weights = [tensor for _, tensor in walk.weights]
-        self.addresses = list(map(address, self.weights))
+        kinds = dict.fromkeys(self.kinds)
+        self.called = [(kind, name) for kind in kinds for name in _bases(kind)[0]]
+        self.bases = [*dict.fromkeys(_all(_bases(kind)[1] for kind in kinds))]
+        self.code = self._code()
+        self.weights = [tensor for _, tensor in walk.weights if is_plain(tensor)]
+        self.addresses = list(map(Tensor.data_ptr, self.weights))
         self.loose = [tensor for _, tensor in walk.loose]
         self.versions = list(map(version, self.loose))
         self.world, self.library = world(), library()
+
+    def _code(self) -> list[Any]:
+        return [getattr(kind, name) for kind, name in self.called] + [*_all(vars(base).values() for base in self.bases)]
 
     def holds(self) -> bool:
         """Whether the module is still in this state."""
@@ -198,9 +203,9 @@ class Mark:
                 and all(map(operator.is_, itertools.chain(_all(map(operator.call, self.views)), (_END,)), self.saved))
                 and list(map(len, self.long)) == self.lengths
                 and list(map(type, self.owners)) == self.kinds
-                and list(map(address, self.weights)) == self.addresses
+                and list(map(Tensor.data_ptr, self.weights)) == self.addresses
                 and list(map(version, self.loose)) == self.versions
-                and list(map(code_of, self.classes)) == self.code
+                and self._code() == self.code
                 and world() == self.world
                 and library() == self.library
             )
@@ -252,8 +257,12 @@ def library() -> tuple[Any, ...]:
 
 def address(tensor: Tensor) -> int:
     """Where the values of a tensor are; moving, casting, and emptying it in place all change that."""
-    plain = type(tensor) in (nn.Parameter, Tensor) and tensor.layout is torch.strided
-    return tensor.data_ptr() if plain else id(tensor)
+    return tensor.data_ptr() if is_plain(tensor) else id(tensor)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is of no other class and layout than torch's own, so that its values have an address."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.layout is torch.strided
 
 
 def values_of(tensor: Tensor) -> bytes:
