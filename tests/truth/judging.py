@@ -136,8 +136,8 @@ def compiled(loop: Loop, how: str) -> None:
 def judge(how: str, right: dict[str, Outcome], served: Served, where: str) -> None:
     """Compares with the right value of what ran; whatever ran otherwise than as planned must have been said.
 
-    What changes in the middle of a run for the first time is noticed when that run is over. Where the original ran at the
-    computed steps, or a state could not be exported, the output is what is forecast.
+    What changes in the middle of a run for the first time is noticed when that run is over. Where the original ran at
+    the computed steps, or a state could not be exported, the output is what is forecast.
     """
     if how == COMPUTED or served.originals >= STEPS:
         expected = [COMPUTED]
