@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,8 +26,8 @@ class Call:
 
     `names[i]` is a readable path such as `hidden_states` or `added_cond_kwargs.time_ids`. `signature` is hashable and
     equal for calls that one graph can serve, up to shapes. `numbers` are the names of tensors that were Python numbers.
-    `autocast` is the dtype of the autocast that surrounds the call, None where there is none. `given` are the arguments
-    as the caller gave them.
+    `autocast` is the dtype of the autocast that surrounds the call, None where there is none. `positional` is
+    how many arguments were given by position.
     """
 
     names: tuple[str, ...]
@@ -37,7 +37,7 @@ class Call:
     leaf_names: tuple[str, ...]
     numbers: frozenset[str] = frozenset()
     autocast: torch.dtype | None = None
-    given: tuple[tuple[Any, ...], dict[str, Any]] | None = field(default=None, compare=False, repr=False)
+    positional: int = 0
 
     @functools.cached_property
     def signature(self) -> tuple[Any, ...]:
@@ -60,7 +60,7 @@ class Call:
         tensors = self.tensors if tensors is None else tensors
         values: list[Any] = [t.item() if n in self.numbers else t for n, t in zip(self.names, tensors, strict=True)]
         own = self.arguments(values)
-        positional = [own.pop(name) for name in list(own)[: len(self.given[0]) if self.given else 0]]
+        positional = [own.pop(name) for name in list(own)[: self.positional]]
         return positional, own
 
     def run(self, module: nn.Module, tensors: Sequence[Tensor] | None = None) -> Any:
@@ -170,7 +170,7 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_te
         tuple(names),
         frozenset(numbers),
         _autocast(tensors),
-        (args, kwargs),
+        len(args),
     )
 
 

@@ -101,6 +101,7 @@ class Recorder(Handler):
         super().__init__(module)
         self.at_first, self.as_tensors, self.at_call = at_first, as_tensors, at_call
         self.first: Call | None = None
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # its arguments
         self.contexts: list[str | None] = []
         self.numbers: dict[str, set[float]] = {}
         self.inputs: dict[str, _Input] = {}
@@ -109,7 +110,7 @@ class Recorder(Handler):
     def call(self, *args: Any, **kwargs: Any) -> Any:
         call = bind(self.module, args, kwargs, self.as_tensors)
         if self.first is None:
-            self.first = call.detached()
+            self.first, self.given = call.detached(), (args, kwargs)
             if self.at_first is not None:
                 with torch.no_grad():
                     self.at_first(call)
@@ -136,8 +137,8 @@ class Recorder(Handler):
         if self.first is None:
             raise CaptureError(f"the run never called the denoiser ({type(self.module).__name__})")
         as_tensors = frozenset(name for name, values in self.numbers.items() if len(values) > 1)
-        if as_tensors and self.first.given is not None:
-            self.first = bind(self.module, *self.first.given, as_tensors)
+        if as_tensors:
+            self.first = bind(self.module, *self.given, as_tensors).detached()
         time, scalars = self._time()
         steps = len(set(scalars)) or self.calls
         per_step = math.ceil(self.calls / steps)

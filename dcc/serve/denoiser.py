@@ -101,7 +101,10 @@ class CompiledDenoiser(Handler):
     def call(self, *args: Any, **kwargs: Any) -> Any:
         if asks_gradients(self.module, args, kwargs):
             return self._original("gradients were asked for; call it within torch.no_grad()", args, kwargs)
-        call = bind(self.module, args, kwargs, self.recording.as_tensors)
+        try:
+            call = bind(self.module, args, kwargs, self.recording.as_tensors)
+        except CaptureError as error:  # arguments that the recorded run did not have
+            return self._original(str(error), args, kwargs)
         step, key, owners = self._locate(call)
         stream = self._stream(step, key, owners)
         if stream.step < 0 or self.restless:
