@@ -107,6 +107,10 @@ class Sites:
                 "[unconditional; conditional]; it has no guidance, or two calls per step, neither with a half to spare"
             )
         if name not in self.named:
+            if self.captured.problem:
+                raise SiteError(
+                    f"no site {name!r}: this denoiser is cached at its 'output' only ({self.captured.problem})"
+                )
             near = difflib.get_close_matches(name, [*self.named, *GROUPS], n=4, cutoff=0.5)
             raise SiteError(
                 f"no site {name!r} in this denoiser; "
