@@ -95,7 +95,7 @@ def test_bad_intervals_are_refused(policy):
         ("femo", {"beta": -0.1}, r"beta=-0.1 must be a number from 0 to 1"),
         ("ab_cache", {"order": 1}, r"order=1 must be a whole number of 2 or more"),
         ("ab_cache", {"order": 6}, r"order=6 must be a number from 2 to 5"),
-        ("goc", {"eta": "much"}, r"eta='much' must be a number"),
+        ("goc", {"eta": "much"}, r"eta='much' must be of type float"),
         ("goc", {"gradient_steps": [3, 15]}, r"\[15\] are no steps of a run of 15"),
         ("foca", {"order": 1}, r"takes no parameter 'order'"),
     ],
