@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dcc.capture.state import Walk, names_and_values
+from dcc.capture.state import Walk, class_attributes, names_and_values
 from dcc.errors import CaptureError
 from dcc.record.seam import is_of_the_seam
 
+_MISSING = object()
 SMALL_MODULE = 1 << 24  # numbers in all of its parameters
 
 
@@ -41,7 +42,8 @@ def preserved(module: nn.Module) -> Iterator[None]:
     tensors = [t for _, t in (*walk.loose, *walk.weights) if t.layout is torch.strided and not t.is_meta]
     small = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) <= SMALL_MODULE
     values = [(t, t.detach().clone()) for t in tensors if small or not isinstance(t, nn.Parameter)]
-    gradients = [(t, t.grad) for _, t in walk.weights]
+    shared = class_attributes(map(type, objects))
+    gradients = [(t, "grad", t.grad) for _, t in walk.weights]
     generators = [_remembered(generator) for _, generator in walk.generators]
     with numbers_preserved():
         try:
@@ -57,9 +59,9 @@ def preserved(module: nn.Module) -> Iterator[None]:
             for tensor, value in values:
                 if tensor.shape != value.shape or not torch.equal(tensor, value):
                     _write(tensor, value)
-            for tensor, gradient in gradients:
-                if tensor.grad is not gradient:
-                    tensor.grad = gradient
+            for thing, name, value in (*shared, *gradients):
+                if getattr(thing, name, _MISSING) is not value:
+                    setattr(thing, name, value)
             for put_back in generators:
                 put_back()
 

@@ -289,6 +289,13 @@ def _bases(kind: type) -> tuple[tuple[str, ...], tuple[type, ...]]:
     return called, tuple(base for base, root in roots if root != "torch" and root not in sys.stdlib_module_names)
 
 
+def class_attributes(kinds: Iterable[type]) -> list[tuple[type, str, Any]]:
+    """Plain attributes of classes that are neither torch's nor Python's own, which instances share."""
+    bases = dict.fromkeys(_all(_bases(kind)[1] for kind in kinds))
+    found = ((base, name, value) for base in bases for name, value in vars(base).items())
+    return [(base, name, value) for base, name, value in found if isinstance(value, PLAIN) and name[:2] != "__"]
+
+
 def has_attributes(value: Any) -> bool:
     """Whether an object is one whose attributes are its state: not a class, not of Python's own library or torch's."""
     kind = type(value)

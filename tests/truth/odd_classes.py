@@ -263,7 +263,7 @@ class DecoratedForward(Net):
         return super().forward(x, t, ctx)
 
 
-@odd("classes", long=True)
+@odd("classes", long=True, by_hand=False)
 class PartialForward(Net):
     """Its forward is a partial method."""
 

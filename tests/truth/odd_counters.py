@@ -199,7 +199,7 @@ def forget_all(net: Any) -> None:
     type(net).calls = 0
 
 
-@odd("counters", uncacheable=True, outside=True, start=forget_all)
+@odd("counters", uncacheable=True, outside=True, start=forget_all, by_hand=False)
 class CountsInItsClass(Net):
     """The counter belongs to the class."""
 

@@ -280,6 +280,6 @@ def hooked_in_the_middle(net: Any, prompt: Prompt, see: See) -> Tensor:
             handle.remove()
 
 
-@odd("hooks", loop=hooked_in_the_middle)
+@odd("hooks", loop=hooked_in_the_middle, by_hand=False)
 class HookedNowAndThen(Net):
     """The plain denoiser, whose user sets a hook for a while."""
