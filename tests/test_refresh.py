@@ -71,7 +71,7 @@ def test_a_two_needs_a_form_with_tokens():
         ({"select": "cluster", "ratio": 0.5, "clusters": 4, "share": 0}, "must have clusters, select, share"),
         ({"select": "random", "ratio": 0.0}, "a ratio in"),
         ({"select": "random", "ratio": [0.5, 1.2]}, "a ratio in"),
-        ({"select": "random", "ratio": "half"}, "must hold numbers"),
+        ({"select": "random", "ratio": "half"}, "must hold finite numbers"),
     ],
 )
 def test_bad_forms_are_refused(spec, problem):
