@@ -54,12 +54,10 @@ def preserved(module: nn.Module) -> Iterator[None]:
                     part.__class__ = kind
             for container, before in contents:
                 _put_back(container, before)
-            for thing, name, value in slotted:
-                setattr(thing, name, value)
             for tensor, value in values:
                 if tensor.shape != value.shape or not torch.equal(tensor, value):
                     _write(tensor, value)
-            for thing, name, value in (*shared, *gradients):
+            for thing, name, value in (*slotted, *shared, *gradients):
                 if getattr(thing, name, _MISSING) is not value:
                     setattr(thing, name, value)
             for put_back in generators:
@@ -104,9 +102,8 @@ def _copy(container: Any) -> list[Any]:
 def _put_back(container: Any, before: list[Any]) -> None:
     if _same(container, before):
         return
-    if (
-        isinstance(container, dict) and "_dcc_entries" in container
-    ):  # the attributes of a compiled module, of which some are not its own
+    # the attributes of a compiled module, of which some are not its own
+    if isinstance(container, dict) and "_dcc_entries" in container:
         names = dict(before)
         for name in [name for name in container if name not in names and not is_of_the_seam(container, name)]:
             del container[name]

@@ -51,8 +51,9 @@ class _Run:
 def examine(module: nn.Module, call: Call) -> Evidence:
     """Runs the module three to five times on copies of a call's tensors; whoever asks puts its state back."""
     other = _other(call)
-    said, changed = _at_first(module, call, other)
-    first = _run(module, call)
+    first, said, changed = _at_first(module, call, other)
+    if first.changed:  # what it made was put back
+        first = _run(module, call)
     answers = [(call, first.outputs)]
     try:
         second = _run(module, other)
@@ -76,26 +77,29 @@ def examine(module: nn.Module, call: Call) -> Evidence:
     )
 
 
-def _at_first(module: nn.Module, call: Call, other: Call) -> tuple[list[str], set[str]]:
-    """What is wrong with what the first call of a module makes and keeps, and which attributes that is.
+def _at_first(module: nn.Module, call: Call, other: Call) -> tuple[_Run, list[str], set[str]]:
+    """The first call of a module, what is wrong with what it makes and keeps, and which attributes that is.
 
     Nothing is where it is the same whatever the inputs are, such as a table, and no weight, which graphs read live.
     """
     with preserved(module):
-        made = _run(module, call).changed
+        first = _run(module, call)
+        made = first.changed
         kept = _contents(module, made)
         weights = {name for name, _ in Walk(module).weights}
     if not made:
-        return [], set()
+        return first, [], set()
     if written := weights.intersection(made):
-        return [f"its calls change {_listed(sorted(written))}"], set(made)
+        return first, [f"its calls change {_listed(sorted(written))}"], set(made)
     with preserved(module):
         try:
             _run(module, other)
         except Exception:  # inputs that the module refuses say nothing about what it keeps
-            return [], set()
+            return first, [], set()
         differs = differing(kept, _contents(module, made))
-    return ([f"it keeps {_listed(differs)} of the inputs of a call"], set(made)) if differs else ([], set())
+    if differs:
+        return first, [f"it keeps {_listed(differs)} of the inputs of a call"], set(made)
+    return first, [], set()
 
 
 def _run(module: nn.Module, call: Call) -> _Run:

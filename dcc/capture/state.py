@@ -182,7 +182,7 @@ class Mark:
         self.kinds = list(map(type, self.owners))
         kinds = dict.fromkeys(self.kinds)
         self.called = [(kind, name) for kind in kinds for name in _bases(kind)[0]]
-        self.bases = [*dict.fromkeys(_all(_bases(kind)[1] for kind in kinds))]
+        self.bases = own_bases(kinds)
         self.code = self._code()
         self.weights = [tensor for _, tensor in walk.weights if is_plain(tensor)]
         self.addresses = list(map(Tensor.data_ptr, self.weights))
@@ -289,10 +289,14 @@ def _bases(kind: type) -> tuple[tuple[str, ...], tuple[type, ...]]:
     return called, tuple(base for base, root in roots if root != "torch" and root not in sys.stdlib_module_names)
 
 
+def own_bases(kinds: Iterable[type]) -> list[type]:
+    """All classes that these are made of and that are neither torch's nor Python's own, each once."""
+    return [*dict.fromkeys(_all(_bases(kind)[1] for kind in kinds))]
+
+
 def class_attributes(kinds: Iterable[type]) -> list[tuple[type, str, Any]]:
     """Plain attributes of classes that are neither torch's nor Python's own, which instances share."""
-    bases = dict.fromkeys(_all(_bases(kind)[1] for kind in kinds))
-    found = ((base, name, value) for base in bases for name, value in vars(base).items())
+    found = ((base, name, value) for base in own_bases(kinds) for name, value in vars(base).items())
     return [(base, name, value) for base, name, value in found if isinstance(value, PLAIN) and name[:2] != "__"]
 
 
