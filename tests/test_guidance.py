@@ -119,7 +119,7 @@ def wired(module=None, guided=True, sample=None, text=None):
     captured = capture(module, call)
     assert captured.problem is None, captured.problem
     moving = frozenset({"sample", "time"})
-    run = Recording(call, 1, "time", (1.0,), moving, ("text",), frozenset(), guided)
+    run = Recording(call, 1, "time", (1.0,), moving, ("text",), frozenset(), guided=guided)
     return captured, find_sites(captured, call, run)
 
 

@@ -111,6 +111,17 @@ ROWS = [(name, model, order) for name, row in CHANGES.items() for model in row.m
 GOLDEN = Path(__file__).parent.parent / "golden" / "changes.tsv"
 
 
+def line(name: str, model: str, order: str) -> str:
+    """The head of a row's line in the table."""
+    return "\t".join((CHANGES[name].kind, name, model, order))
+
+
+def table() -> dict[str, str]:
+    """The table as it is written."""
+    lines = GOLDEN.read_text().splitlines() if GOLDEN.exists() else []
+    return dict(line.rsplit("\t", 1) for line in lines)  # pyright: ignore[reportReturnType]
+
+
 # What the default run tries after compiling: of most kinds one, on one of the models. A row takes 3 to 8 seconds.
 BY_DEFAULT = {
     ("a hook that changes a submodule s output", "dit"),
@@ -159,17 +170,6 @@ def test_what_runs_is_the_denoiser_as_it_is(name: str, model: str, order: str, r
         written[row] = status
         GOLDEN.write_text("".join(f"{row}\t{status}\n" for row, status in sorted(written.items())))
     assert status == written.get(row), f"{GOLDEN.name} has {written.get(row)}; if that is meant, use --update-golden"
-
-
-def line(name: str, model: str, order: str) -> str:
-    """The head of a row's line in the table."""
-    return "\t".join((CHANGES[name].kind, name, model, order))
-
-
-def table() -> dict[str, str]:
-    """The table as it is written."""
-    lines = GOLDEN.read_text().splitlines() if GOLDEN.exists() else []
-    return dict(line.rsplit("\t", 1) for line in lines)  # pyright: ignore[reportReturnType]
 
 
 def test_the_table_has_no_rows_that_are_no_more() -> None:
