@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from dcc.passes.graph import arguments, is_tensor, op_name
 from dcc.passes.stream_walk import SUMS
+from dcc.passes.values import is_number
 
 PRODUCTS = ("linear", "addmm", "mm", "matmul", "bmm", "convolution", "conv1d", "conv2d", "conv3d")
 SCALED = frozenset({"mul", "div", "dropout", "to", "_to_copy", "clone", "contiguous", "detach", "alias", "type_as"})
@@ -93,6 +94,9 @@ def _data(product: Node) -> Node:
 
 def _plain(node: Node) -> Node:
     """The value before factors and casts of one argument."""
-    while op_name(node) in SCALED and sum(map(is_tensor, node.all_input_nodes)) == 1:
-        node = node.all_input_nodes[0]
+    while op_name(node) in SCALED:
+        scaled = [value for value in node.all_input_nodes if is_tensor(value) and not is_number(value)]
+        if len(scaled) != 1:
+            break
+        node = scaled[0]
     return node

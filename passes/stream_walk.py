@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from dcc.passes.graph import along, arguments, is_tensor, op_name, shape
 from dcc.passes.same_sizes import canonical, same_size
+from dcc.passes.values import is_number
 
 SHAPE_CHANGES = frozenset(
     {
@@ -53,8 +54,9 @@ def tensors(node: Node) -> list[Node]:
 
 def _sources(node: Node, part: Part) -> Iterator[tuple[Node, Part]]:
     """What a part of a value is a sum of, and which part of it; nothing where it is no sum and no change of shape."""
-    name, sources = op_name(node), tensors(node)
-    if name in SUMS | SAME_PLACES or (name in SCALAR_SCALES and sum(isinstance(a, Node) for a in node.args) == 1):
+    name, sources = op_name(node), [source for source in tensors(node) if not is_number(source)]
+    scaled = [arg for arg in node.args if isinstance(arg, Node) and not is_number(arg)]
+    if name in SUMS | SAME_PLACES or (name in SCALAR_SCALES and len(scaled) == 1):
         for source in sources if name in SUMS else sources[:1]:
             dropped = len(shape(node)) - len(shape(source))
             yield (

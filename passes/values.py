@@ -77,6 +77,10 @@ class Input:
         raise NotImplementedError
 
 
+class Number(Input):
+    """A tensor [] that stands for a number of the module itself: it scales values as one in the code would."""
+
+
 @dataclass(frozen=True)
 class Argument(Input):
     """A tensor of the call, by its path (dcc.record.call.Call); `placeholder` is its name in the captured graph."""
@@ -285,6 +289,11 @@ def declare(graph_module: GraphModule, value: Input, like: Tensor) -> Node:
     node = add_placeholder(graph_module, value.name, like)
     node.meta[VALUE] = value
     return node
+
+
+def is_number(node: Node) -> bool:
+    """Whether a node stands for a number of the module itself."""
+    return isinstance(node.meta.get(VALUE), Number)
 
 
 def input_node(graph_module: GraphModule, value: Input) -> Node | None:

@@ -292,7 +292,7 @@ def test_state_of_the_pipeline_is_checked(pipe: DiffusionPipeline, name: str) ->
 def test_a_peers_cache_is_refused() -> None:
     pipe = dcc.demo.load("mmdit")
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(errors.PeerCacheError, match="another cache is active on .* disable_cache"):
+    with pytest.raises(errors.PeerCacheError, match=r"another cache is active on .* disable_cache"):
         compiled(pipe, "mmdit")
     pipe.transformer.disable_cache()
     compiled(pipe, "mmdit", policy="interval")

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from dcc.capture.describe import described
 from dcc.capture.preserve import preserved
+from dcc.capture.settings import NO_SETTINGS, Setting, Settings
 from dcc.capture.watch import State
 from dcc.errors import CaptureError
 from dcc.passes.graph import batched_output, shape
@@ -67,7 +68,8 @@ class Captured:
     It holds nothing of a recorded run, so that any number of compilations may share it. `problem` is why the module
     could not be exported; the graph is then one call of the eager module. `origin` says where the graph comes from.
     `state` is the one in which it stands for the module; `ignored` are attributes of the module that its own calls
-    change, and with `keeps` its first call makes something that later ones use. `proven` grows: it holds the layouts at
+    change, `settings` floats of the module that are inputs, and with `keeps` its first call makes something that later
+    ones use. `proven` grows: it holds the layouts at
     which the graph was seen to equal the module.
     """
 
@@ -82,6 +84,7 @@ class Captured:
     state: State = field(default_factory=State)
     ignored: frozenset[str] = frozenset()
     keeps: bool = False
+    settings: Settings = NO_SETTINGS
     proven: set[Any] = field(default_factory=set)
     _symbols: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -94,6 +97,8 @@ class Captured:
                 node.meta[VALUE] = self.weights[node.name]
             elif node.name in self.constants:
                 node.meta[VALUE] = Constant(node.name, self.constants[node.name])
+            elif node.name in self.settings.names:
+                node.meta[VALUE] = Setting(node.name, self.settings.names.index(node.name), self.settings)
             else:
                 node.meta[VALUE] = Argument(paths[node.name], node.name)
 
@@ -107,6 +112,11 @@ class Captured:
         names = {path: self._symbols.get(path, []) for path in call.names}
         own = [bool(sizes) and str(sizes[0]) == self.batch for sizes in names.values()]
         return replace(call, tensors=tuple(t[rows] if o else t for t, o in zip(call.tensors, own, strict=True)))
+
+    def fits(self, state: State) -> bool:
+        """Whether the graph stands for the module in this state: all but the settings is as it was captured."""
+        changed = self.state.changed(state)
+        return changed is not None and changed <= self.settings.attributes
 
     def accepts(self, call: Call) -> bool:
         """Whether the graph serves this call: same signature, fixed sizes equal, symbolic sizes consistent."""
@@ -131,6 +141,7 @@ class Captured:
         """Every graph input of this call by placeholder name."""
         values = {name: weight.get() for name, weight in self.weights.items()}
         values.update(self.constants)
+        values.update(zip(self.settings.names, self.settings.tensors(), strict=True))
         for path, tensor in zip(call.names, call.tensors, strict=True):
             if path in self.inputs:
                 values[self.inputs[path]] = tensor
@@ -140,6 +151,7 @@ class Captured:
         """Reads weights where the module has them now: one of its parts may have been replaced by one like it."""
         for weight in self.weights.values():
             weight.owners[weight.path] = slots_of(module, weight.path)
+        self.settings.read_from(module)
 
     def is_like(self, other: Captured) -> bool:
         """Whether another captured graph computes the same from the same weights: what was lowered serves it too."""
@@ -149,14 +161,19 @@ class Captured:
             and self.call.signature == other.call.signature
             and self._symbols == other._symbols
             and {n: w.path for n, w in self.weights.items()} == {n: w.path for n, w in other.weights.items()}
+            and self.settings.names == other.settings.names
+            and self.settings.attributes == other.settings.attributes
             and self.constants.keys() == other.constants.keys()
             and all(torch.equal(value, other.constants[name]) for name, value in self.constants.items())
             and str(self.graph_module.graph) == str(other.graph_module.graph)
         )
 
     def agrees(self, module: nn.Module, call: Call) -> bool:
-        """Whether the graph gives the module's own outputs for this call; compared once per layout and grad mode."""
-        kind = call.layout, torch.is_grad_enabled()
+        """Whether the graph gives the module's own outputs for this call.
+
+        Compared once per layout, grad mode and values of settings.
+        """
+        kind = self.kind(call)
         if self.problem or kind in self.proven:
             return True
         with preserved(module):
@@ -165,6 +182,10 @@ class Captured:
             return False
         self.proven.add(kind)
         return True
+
+    def kind(self, call: Call) -> Any:
+        """Equal for calls of which one stands for all when the graph is compared with the module."""
+        return call.layout, torch.is_grad_enabled(), self.settings.values()
 
     def gives(self, call: Call, expected: Sequence[Any]) -> bool:
         """Whether the graph gives these outputs for a call: bit for bit on a CPU, up to rounding elsewhere."""

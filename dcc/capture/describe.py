@@ -15,14 +15,20 @@ from dcc.record.seam import own_vars
 from dcc.torch_internals import slots
 
 
-def described(value: Any, name: Callable[[Any], Any], ignored: frozenset[str] = frozenset()) -> Any:
+def described(
+    value: Any,
+    name: Callable[[Any], Any],
+    ignored: frozenset[str] = frozenset(),
+    floats: dict[str, list[str]] | None = None,
+) -> Any:
     """A hashable description of a value: of a module with all in it, of a container, of an object by its attributes.
 
     Modules that run the same code with the same settings on weights of equal shapes have equal ones. `name` stands for
     what has no value of its own: a function, a class, a tensor that is not registered. `ignored` are attributes left
-    out, as paths from the value.
+    out, as paths from the value. `floats`, where given, gets Python's floats by the attribute that they hang on, and
+    their values are then left out.
     """
-    return _Describer(name, ignored).of(value, "", 0)
+    return _Describer(name, ignored, floats).of(value, "", 0)
 
 
 def described_weight(tensor: Tensor) -> Any:
@@ -32,14 +38,16 @@ def described_weight(tensor: Tensor) -> Any:
 
 
 class _Describer:
-    def __init__(self, name: Callable[[Any], Any], ignored: frozenset[str]) -> None:
-        self.name, self.ignored = name, ignored
+    def __init__(
+        self, name: Callable[[Any], Any], ignored: frozenset[str], floats: dict[str, list[str]] | None
+    ) -> None:
+        self.name, self.ignored, self.floats = name, ignored, floats
         self.seen: dict[int, int] = {}
         self.held: list[Any] = []  # so that no id is given again meanwhile
 
     def of(self, value: Any, path: str, depth: int) -> Any:
         if isinstance(value, PLAIN):
-            return type(value).__name__, str(value)
+            return self.plain(value, path)
         if id(value) in self.seen:
             return "again", self.seen[id(value)]
         self.seen[id(value)] = len(self.seen)
@@ -67,6 +75,12 @@ class _Describer:
         if pieces := parts(value):
             return type(value).__name__, tuple(self.of(piece, path, depth + 1) for piece in pieces)
         return self.name(value)
+
+    def plain(self, value: Any, path: str) -> Any:
+        if self.floats is None or type(value) is not float:
+            return type(value).__name__, str(value)
+        self.floats.setdefault(path, []).append(str(value))
+        return "float"
 
     def module(self, module: nn.Module, path: str, depth: int) -> Any:
         parameters, buffers = slots(module)

@@ -24,6 +24,7 @@ from dcc.capture.captured import Answers, Captured, fixed_or_symbol, gives_all, 
 from dcc.capture.preserve import preserved
 from dcc.capture.purity import Evidence, examine
 from dcc.capture.repeats import one_of_each_kind, write_out
+from dcc.capture.settings import GIVEN, NO_SETTINGS, Settings
 from dcc.capture.watch import State
 from dcc.errors import CaptureError
 from dcc.passes.graph import output_node, returned
@@ -34,15 +35,22 @@ from dcc.torch_internals import plain_call, pytree, symbols_of
 
 
 def capture(
-    module: nn.Module, call: Call, first: Call | None = None, ignored: frozenset[str] = frozenset()
+    module: nn.Module,
+    call: Call,
+    first: Call | None = None,
+    ignored: frozenset[str] = frozenset(),
+    settings: frozenset[str] = frozenset(),
 ) -> Captured:
     """Exports `module`, in the state that it is in, for calls like this one, and leaves it in that state.
 
     Capture with a batch of 2 or more, because sizes of 1 are fixed. `first` is another call that the graph will serve;
-    `ignored` are attributes that make no difference to the state. Tries all dimensions dynamic, then fixed shapes, then
-    falls back to the eager module as one opaque node, keeping the reason in `problem`: no graph stands for a module
-    that is more than a function of its inputs, and none is taken that gives other values than the module. A module that
-    was captured before in this state is not captured again, so compiling once more for another plan is quick.
+    `ignored` are attributes that make no difference to the state; the floats on `settings` become inputs of the graph.
+    Raises CaptureError where the module's code does not take that, because it branches on them, say.
+
+    Tries all dimensions dynamic, then fixed shapes, then falls back to the eager module as one opaque node, keeping the
+    reason in `problem`: no graph stands for a module that is more than a function of its inputs, and none is taken that
+    gives other values than the module. A module that was captured before in this state is not captured again, so
+    compiling once more for another plan is quick.
     """
     call, first = call.detached(), first.detached() if first is not None else None
     state = State.of(module, ignored)
@@ -57,27 +65,33 @@ def capture(
         if finding:
             captured = replace(_opaque(module, call, evidence, finding), ignored=ignored | evidence.changed)
         else:
-            captured = _captured(module, call, first, state, evidence)
+            captured = _captured(module, call, first, state, evidence, settings)
     if captured.ignored != ignored:
         state = State.of(module, captured.ignored)
     if captured.problem is not None:
         return replace(captured, state=state)
-    if captured.state != state:  # new, or from disk
+    if not captured.fits(state):  # new, or from disk
         captured = replace(captured, state=state, keeps=evidence.keeps)
         keep(module, captured)
     captured.read_from(module)
-    captured.proven.add((call.layout, torch.is_grad_enabled()))
+    captured.proven.add(captured.kind(call))
     return captured
 
 
-def _captured(module: nn.Module, call: Call, first: Call | None, state: State, evidence: Evidence) -> Captured:
+def _captured(
+    module: nn.Module, call: Call, first: Call | None, state: State, evidence: Evidence, settings: frozenset[str]
+) -> Captured:
     """A graph that was captured in this state, by this process or an earlier one, or a new one."""
     tests = evidence.answers
     if first is not None and first.shapes != call.shapes:
         tests = [*tests, (first, pytree.tree_leaves(first.twin().run(module)))]
     for known in _CAPTURES.get(module, []):
-        if known.state == state and gives_all(known, tests):
-            return known
+        if known.fits(state) and known.settings.attributes == settings:
+            known.read_from(module)
+            if gives_all(known, tests):
+                return known
+    if settings:
+        return _with_settings(module, call, settings, tests)
     path = store.place(module, call)
     captured, why_not = store.read(path, module, call, tests)
     if captured is None:
@@ -98,8 +112,21 @@ def keep(module: nn.Module, captured: Captured) -> None:
 def refresh(module: nn.Module, state: State) -> None:
     """Lets the graphs that were captured in a state read their weights from where the module has them now."""
     for captured in _CAPTURES.get(module, []):
-        if captured.state == state:
+        if captured.fits(state):
             captured.read_from(module)
+
+
+def _with_settings(module: nn.Module, call: Call, settings: frozenset[str], tests: Answers) -> Captured:
+    """A graph of which floats on the module are inputs; traced block by block, because blocks differ in these."""
+    named, floats = ", ".join(sorted(settings)), Settings.of(module, settings)
+    try:
+        with preserved(module):
+            captured = _export(module, call, True, floats)
+    except Exception as error:  # torch.export raises many kinds
+        raise CaptureError(f"the numbers on {named} cannot be inputs: {error_line(error)}") from error
+    if not gives_all(captured, tests):
+        raise CaptureError(f"with the numbers on {named} as inputs the graph gives other values")
+    return captured
 
 
 def _first_that_exports(module: nn.Module, call: Call, evidence: Evidence, tests: Answers) -> Captured:
@@ -122,17 +149,15 @@ def _first_that_exports(module: nn.Module, call: Call, evidence: Evidence, tests
     return _opaque(module, call, evidence, "; ".join(problems))
 
 
-def _export(module: nn.Module, call: Call, dynamic: bool) -> Captured:
-    kwargs = call.arguments()
-    shapes = None
-    if dynamic:
-        shapes = pytree.tree_map(_dynamic_dims, kwargs)
-    with torch.no_grad(), warnings.catch_warnings():
+def _export(module: nn.Module, call: Call, dynamic: bool, settings: Settings = NO_SETTINGS) -> Captured:
+    with torch.no_grad(), settings.given(module) as given, warnings.catch_warnings():
+        kwargs = call.arguments() | given
+        shapes = pytree.tree_map(_dynamic_dims, kwargs) if dynamic else None
         warnings.simplefilter("ignore")  # torch.export's own deprecations, nothing a caller could act on
         program = torch.export.export(module, (), kwargs, dynamic_shapes=shapes, strict=False)
         if call.autocast or any(is_mutation(node) for node in program.graph.nodes):
             program = program.run_decompositions({})  # functional form with autocast's casts, operators left whole
-    return _from_program(module, call, program)
+    return _from_program(module, call, program, settings)
 
 
 def _dynamic_dims(value: Any) -> dict[int, Any] | None:
@@ -142,7 +167,7 @@ def _dynamic_dims(value: Any) -> dict[int, Any] | None:
     return {d: torch.export.Dim.STATIC if size == 1 else torch.export.Dim.AUTO for d, size in enumerate(value.shape)}
 
 
-def _from_program(module: nn.Module, call: Call, program: torch.export.ExportedProgram) -> Captured:
+def _from_program(module: nn.Module, call: Call, program: torch.export.ExportedProgram, settings: Settings) -> Captured:
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     paths, constants, user_inputs = {}, {}, []
     for spec in program.graph_signature.input_specs:
@@ -155,6 +180,8 @@ def _from_program(module: nn.Module, call: Call, program: torch.export.ExportedP
             constants[name] = program.constants[target]
     weights = weights_of(module, paths)
     write_out(program.graph, module, {placeholders[name]: weight.get() for name, weight in weights.items()})
+    given = [name for name in user_inputs if name.startswith(GIVEN)]
+    user_inputs = [name for name in user_inputs if name not in given]
     inputs, symbols = {}, {}
     for path, name in zip(call.leaf_names, user_inputs, strict=True):
         node = placeholders[name]
@@ -174,7 +201,16 @@ def _from_program(module: nn.Module, call: Call, program: torch.export.ExportedP
     verify(graph_module, "capture")
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    return Captured(graph_module, call, weights, constants, inputs, out_spec, _symbols=symbols)
+    return Captured(
+        graph_module,
+        call,
+        weights,
+        constants,
+        inputs,
+        out_spec,
+        settings=replace(settings, names=tuple(given)),
+        _symbols=symbols,
+    )
 
 
 def _depends_on_data(node: Node) -> bool:

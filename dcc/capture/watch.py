@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dcc.capture.describe import described
+from dcc.capture.settings import Floats
 from dcc.capture.state import Mark, library, world
 from dcc.record.seam import own_vars
 from dcc.torch_internals import global_hooks, hook_names, version
@@ -22,23 +23,35 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 class State:
     """A state of a module. `hooks` says which hooks it has, None where none: no graph could stand for these.
 
-    `held` are the objects that the digest tells apart by identity; held, so that no other gets that identity.
+    `held` are the objects that the digest tells apart by identity; held, so that no other gets that identity. `floats`
+    are Python's floats by the attribute that they hang on, as text, and `bare` is a digest of all but these.
     """
 
     digest: str = ""
     hooks: str | None = field(default=None, compare=False)
     held: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    bare: str = field(default="", compare=False)
+    floats: Floats = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, module: nn.Module, ignored: frozenset[str] = frozenset()) -> State:
         """The state that the module is in. `ignored` attributes make no difference."""
         held: list[Any] = []
+        floats: dict[str, list[str]] = {}
 
         def name(value: Any) -> Any:
             held.append(value)
             return (id(value), version(value)) if isinstance(value, Tensor) else id(value)
 
-        return cls(_digest(module, name, ignored), hooks_of(module), tuple(held))
+        bare = _digest(module, name, ignored, floats)
+        return cls(_hash((bare, floats)), hooks_of(module), tuple(held), bare, floats)
+
+    def changed(self, other: State) -> frozenset[str] | None:
+        """The attributes whose floats are others there, where all the rest is the same; None where it is not."""
+        if self.bare != other.bare:
+            return None
+        names = (*self.floats, *other.floats)
+        return frozenset(name for name in names if self.floats.get(name) != other.floats.get(name))
 
 
 class Watch:
@@ -88,9 +101,15 @@ def lasting_digest(module: nn.Module) -> str:
     return _digest(module, name, frozenset())
 
 
-def _digest(module: nn.Module, name: Callable[[Any], Any], ignored: frozenset[str]) -> str:
+def _digest(
+    module: nn.Module, name: Callable[[Any], Any], ignored: frozenset[str], floats: dict[str, list[str]] | None = None
+) -> str:
     functions = tuple(name(function) for function in library() if callable(function))
-    return hashlib.sha256(repr((described(module, name, ignored), world(), functions)).encode()).hexdigest()
+    return _hash((described(module, name, ignored, floats), world(), functions))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def hooks_of(module: nn.Module) -> str | None:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dcc import arguments
+from dcc.capture.captured import Captured
 from dcc.capture.export import capture, keep, refresh
+from dcc.capture.settings import replaceable
 from dcc.capture.watch import State, Watch
 from dcc.discover.sites import Sites
 from dcc.discover.subject import Subject
@@ -92,6 +94,7 @@ class CompiledDenoiser(Handler):
         self._served: dict[Any, Family | str] = {}
         ignored = frozenset().union(*(family.captured.ignored for family in self.families))
         self.watch = Watch(self.module, ignored, functools.partial(refresh, self.module))
+        self._refused: set[frozenset[str]] = set()  # attributes whose floats cannot be inputs
         self.restless = subject.run.restless  # whether the module's state changes within runs
         self.notes: Counter[str] = Counter()  # what did not go as planned, and how often
         self._lock = threading.RLock()
@@ -147,7 +150,10 @@ class CompiledDenoiser(Handler):
 
     def _look_back(self) -> None:
         """After a run: has the module changed in the middle of it? From then on it is looked at at every call."""
-        if not self.restless and not self.watch.holds():
+        if self.restless or self.watch.holds():
+            return
+        before, now = self.watch.state, self.watch.look()
+        if not any(family.captured.fits(before) and family.captured.fits(now) for family in self.families):
             self.restless = True
             self.note("the denoiser changed in the middle of a run, whose later steps took no notice of that")
 
@@ -181,7 +187,7 @@ class CompiledDenoiser(Handler):
         with torch.no_grad():
             call.twin().run(self.module)
         state = self.watch.look()
-        return family if state == family.captured.state else self._alias(family, state)
+        return family if family.captured.fits(state) else self._alias(family, state)
 
     def _alias(self, family: Family, state: State) -> Family:
         """The same, for another state in which the module computes the same."""
@@ -193,7 +199,8 @@ class CompiledDenoiser(Handler):
 
     def _fitting(self, call: Call) -> Family | str:
         state = self.watch.state
-        here = [family for family in self.families if family.captured.state == state]
+        here = [family for family in self.families if family.captured.fits(state)]
+        here.sort(key=lambda family: -len(family.captured.settings.attributes))
         for family in here:
             if family.captured.accepts(call) and family.captured.agrees(self.module, call):
                 return family
@@ -203,7 +210,7 @@ class CompiledDenoiser(Handler):
         if len({family.captured.state.digest for family in self.families}) >= most:
             return f"it has been in more than {most} states, each of which would be captured"
         try:
-            captured = capture(self.module, call, ignored=self.watch.ignored)
+            captured = self._capture(call)
         except CaptureError as error:
             return str(error)
         self.watch.ignore(captured.ignored)
@@ -215,6 +222,18 @@ class CompiledDenoiser(Handler):
             return captured.problem or f"as it is now, the plan does not fit it: {error}"
         self.families.append(family)
         return family
+
+    def _capture(self, call: Call) -> Captured:
+        """The module in the state that it is in; floats that have been others before are inputs where they can be."""
+        state = self.watch.state
+        changed = (family.captured.state.changed(state) for family in self.families)
+        settings = replaceable(self.module, state.floats, frozenset().union(*filter(None, changed)))
+        if settings and settings not in self._refused:
+            try:
+                return capture(self.module, call, ignored=self.watch.ignored, settings=settings)
+            except CaptureError:
+                self._refused.add(settings)
+        return capture(self.module, call, ignored=self.watch.ignored)
 
     def entries(self) -> dict[str, Any]:
         """What the module shows of this denoiser."""

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule
 
+from dcc.capture.settings import Setting
 from dcc.discover.sites import Sites
 from dcc.passes.base import Site
 from dcc.passes.invariants import invariants, worth_hoisting
@@ -62,7 +63,7 @@ class Prologue:
         if known is None or known.marks != marks:
             assert self.graph_module is not None  # there are names
             outputs = self.graph_module(*(value.tensor(served) for value in self.inputs))
-            made_from = tuple(t for i, t in zip(taken, read, strict=True) if isinstance(i, Argument))
+            made_from = tuple(t for i, t in zip(taken, read, strict=True) if isinstance(i, Argument | Setting))
             known = held[given.shapes] = Held(marks, dict(zip(self.names, outputs, strict=True)), made_from)
             weigh()
         return known.values

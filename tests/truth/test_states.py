@@ -11,6 +11,7 @@ from .adapters import load
 from .changes import CHANGES
 from .judging import COMPUTED, EXPECTED, compiled, equal, explain, judge, outcome, watched
 from .loops import BUILD, Loop
+from .parts import block
 from .table import Change
 from .test_changes import plain
 
@@ -82,17 +83,32 @@ def test_values_need_no_new_capture(name: str) -> None:
     assert (summary.captures, summary.originals) == (before.captures, before.originals)
 
 
-@pytest.mark.long
-def test_a_scale_that_changes_often_is_right_and_captured_up_to_a_limit() -> None:
-    """Past that many values the original runs, and the summary says why."""
+@pytest.mark.parametrize("model", ["dit", pytest.param("unet", marks=pytest.mark.long)])
+def test_a_scale_that_changes_often_is_an_input(model: str) -> None:
+    """From its second value on one graph serves all of them, at every plan."""
     pytest.importorskip("peft")
-    ours, right = Loop(BUILD["dit"]()), Loop(BUILD["dit"]())
+    ours, right = Loop(BUILD[model]()), Loop(BUILD[model]())
     for loop in (ours, right):
         load(loop, "a", 1)
-    compiled(ours, COMPUTED)
-    for value in [0.05 * k for k in range(1, MOST_STATES + 3)]:
+    for how in EXPECTED:
+        compiled(ours, how)
+        for value in [0.05 * k for k in range(1, MOST_STATES + 3)]:
+            for loop in (ours, right):
+                loop.net.set_adapters(["a"], [value])
+            judge(how, {how: outcome(right, EXPECTED[how])}, watched(ours), f"{how}, {value}")
+        summary = dcc.summary(ours.net)
+        assert (summary.captures, summary.originals) == (2, 0)
+        dcc.restore(ours.net)
+
+
+@pytest.mark.long
+def test_a_whole_number_that_changes_often_is_captured_up_to_a_limit() -> None:
+    """Past that many values the original runs, and the summary says why."""
+    change = CHANGES["a number"]
+    ours, right = both(change, "dit")
+    for value in range(2, MOST_STATES + 3):
         for loop in (ours, right):
-            loop.net.set_adapters(["a"], [value])
+            block(loop).ff.whole = value
         found, expected = outcome(ours), outcome(right, EXPECTED[COMPUTED])
         assert equal(found, expected), f"{value}: {explain(found, expected)}"
     summary = dcc.summary(ours.net)
