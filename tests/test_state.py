@@ -39,6 +39,7 @@ class Part(nn.Module):
         self.slotted.value = 1
         self.number, self.text, self.nothing, self.items, self.named = 2.5, "a", None, [1, [2]], {"x": {"y": 1}}
         self.loose, self.queue, self.bag = torch.zeros(2), collections.deque([1]), {1}
+        self.whole = 2
         self.pair, self.space = ([1], 2), types.SimpleNamespace(a=1)
         count = 0
 
@@ -120,6 +121,8 @@ def _emptied(net):
 
 CHANGES = {
     "a number": _set("parts[0]", "number", 3.5),
+    "a number of another type": _set("parts[0]", "whole", 2.0),
+    "all submodules": _set("parts[1]", "_modules", lambda: {"linear": nn.Linear(3, 3, bias=False)}),
     "a text": _set("parts[0]", "text", "b"),
     "nothing": _set("parts[0]", "nothing", 1),
     "a new attribute": _do(lambda n: setattr(n.parts[0], "new", 1), lambda n: delattr(n.parts[0], "new")),

@@ -34,6 +34,8 @@ GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.Ran
 SMALL = 1 << 20  # numbers of a buffer that are compared; some operators write to one without telling its version
 _END = object()
 _INTERNAL = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
+_READ = (*REGISTERED, "_forward_hooks", "_forward_pre_hooks")  # those that every call looks at, hooks or none
+_UNREAD = _INTERNAL.difference(_READ)
 
 
 class Walk:
@@ -162,19 +164,26 @@ class Walk:
 class Mark:
     """A state as it was: plain attributes of modules by value, what else there is by identity, weights by address.
 
-    Comparing modules' attributes as lists is quick, because Python looks at identity first; what is equal without being
-    the same is told apart only where it is no plain value.
+    Comparing lists of values is quick, because Python looks at identity first; what is equal without being the same is
+    told apart by its type, and by identity where it is no plain value. What no forward call reads, such as hooks of
+    `state_dict`, is left out.
     """
 
     def __init__(self, module: nn.Module, ignored: frozenset[str] = frozenset()) -> None:
         walk = Walk(module, ignored)
-        owners = [getattr(values, "__self__", None) for values in walk.views]
-        empty = [isinstance(owner, dict | list | set | deque) and not owner for owner in owners]
-        self.empty = [owner for owner, is_empty in zip(owners, empty, strict=True) if is_empty]
-        self.views = [values for values, is_empty in zip(walk.views, empty, strict=True) if not is_empty]
+        unread = {id(vars(part).get(name)) for part in walk.modules.values() for name in _UNREAD}
+        owned = [(getattr(values, "__self__", None), values) for values in walk.views]
+        owned = [(owner, values) for owner, values in owned if owner is None or id(owner) not in unread]
+        empty = [isinstance(owner, dict | list | set | deque) and not owner for owner, _ in owned]
+        self.empty = [owner for (owner, _), is_empty in zip(owned, empty, strict=True) if is_empty]
+        self.views = [values for (_, values), is_empty in zip(owned, empty, strict=True) if not is_empty]
         self.saved = [*_all(map(operator.call, self.views)), _END]
-        self.attributes = walk.attributes
-        self.values = [*_all(map(dict.values, self.attributes))]
+        self.attributes, self.sizes = walk.attributes, list(map(len, walk.attributes))
+        self.internal = [*_all(map(_internal, self.attributes))]
+        own = [(own, name) for own in self.attributes for name in own if name not in _INTERNAL]
+        self.owned_by, self.keys = [pair[0] for pair in own], [pair[1] for pair in own]
+        self.values = list(map(operator.getitem, self.owned_by, self.keys))
+        self.types = list(map(type, self.values))
         places = walk.places
         self.holders, self.names, self.held = [p[0] for p in places], [p[1] for p in places], [p[2] for p in places]
         self.long, self.lengths = walk.long, list(map(len, walk.long))
@@ -198,7 +207,10 @@ class Mark:
         try:
             return (
                 not any(self.empty)
-                and [*_all(map(dict.values, self.attributes))] == self.values
+                and list(map(len, self.attributes)) == self.sizes
+                and [*_all(map(_internal, self.attributes))] == self.internal
+                and (values := list(map(operator.getitem, self.owned_by, self.keys))) == self.values
+                and list(map(type, values)) == self.types
                 and all(map(operator.is_, map(operator.getitem, self.holders, self.names), self.held))
                 and all(map(operator.is_, itertools.chain(_all(map(operator.call, self.views)), (_END,)), self.saved))
                 and list(map(len, self.long)) == self.lengths
@@ -214,6 +226,7 @@ class Mark:
 
 
 _all = itertools.chain.from_iterable
+_internal = operator.itemgetter(*_READ)
 
 
 class _Same:
