@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ..oracle import Cached, History, Oracle
 from .loops import INNER, STEPS, Denoise, Loop, inner
 
 MASK = tuple(1 - step % 2 for step in range(STEPS))
+THEN_COMPUTED = (1, 0, *[1] * (STEPS - 2))  # where the original runs from the middle of the run on
 TOLERANCE = 1e-5  # of the largest value: an inner forecast is base + (value - base), which rounds
 COMPUTED, OUTPUT, INSIDE = "computed", "output", "inside"  # every step; every other step forecast, at one of two sites
 
@@ -27,27 +29,31 @@ def uncached(loop: Loop) -> Denoise | None:
     return None
 
 
-def held(loop: Loop) -> Denoise:
-    """Calls it at every other step only, and keeps the output for the step after it."""
+def held(loop: Loop, mask: tuple[int, ...] = MASK) -> Denoise:
+    """Calls it at the steps of a mask only, and keeps the output for the steps after each."""
     kept: list[Tensor] = []
 
     def denoise(step: int, kwargs: dict[str, Any]) -> Tensor:
-        if MASK[step]:
+        if mask[step]:
             kept[:] = [loop.call(**kwargs)]
         return kept[0]
 
     return denoise
 
 
-def forecast_inside(loop: Loop) -> Denoise:
+def forecast_inside(loop: Loop, mask: tuple[int, ...] = MASK) -> Denoise:
     """The oracle at the inner site."""
-    oracle, history = Oracle(loop.net, [Cached(inner(loop.net), MASK)]), History()
+    oracle, history = Oracle(loop.net, [Cached(inner(loop.net), mask)]), History()
     return lambda step, kwargs: oracle(history, step, kwargs)
 
 
 EXPECTED: dict[str, Callable[[Loop], Denoise | None]] = {
     COMPUTED: uncached, OUTPUT: held, INSIDE: forecast_inside,
 }  # fmt: skip
+IN_MID_RUN: dict[str, Callable[[Loop], Denoise | None]] = {
+    f"{OUTPUT}, then computed": functools.partial(held, mask=THEN_COMPUTED),
+    f"{INSIDE}, then computed": functools.partial(forecast_inside, mask=THEN_COMPUTED),
+}
 LATE = "the denoiser changed in the middle of a run"
 Outcome = list[Tensor] | type[Exception]
 
@@ -142,13 +148,13 @@ def judge(how: str, right: dict[str, Outcome], served: Served, where: str) -> No
     if how == COMPUTED or served.originals >= STEPS:
         expected = [COMPUTED]
     elif served.originals:
-        expected = [OUTPUT]
+        expected = [OUTPUT, *(kind for kind in (f"{how}, then computed",) if kind in right)]
     else:
         expected = [how, OUTPUT] if served.status == "output only" else [how]
     if served.late:
         assert any(LATE in line for line in served.warned), f"{where}: nothing was logged"
         return
-    if not any(equal(served.outcome, right[kind], TOLERANCE if kind == INSIDE else 0.0) for kind in expected):
+    if not any(equal(served.outcome, right[kind], TOLERANCE if INSIDE in kind else 0.0) for kind in expected):
         wrong = explain(served.outcome, right[expected[0]])
         pytest.fail(f"{where}: {wrong}; status: {served.status}; problems: {served.problems}", pytrace=False)
     if served.originals:

@@ -17,7 +17,7 @@ import dcc
 from dcc.errors import DccError
 
 from .changes import CHANGES
-from .judging import COMPUTED, EXPECTED, Outcome, compiled, equal, judge, outcome, watched
+from .judging import COMPUTED, EXPECTED, IN_MID_RUN, Outcome, compiled, equal, judge, outcome, watched
 from .loops import BUILD, Loop, pipeline
 from .table import Change
 
@@ -77,10 +77,11 @@ def check(change: Change, model: str, order: str) -> str:
     ours = (_KEPT.pop(key, None) if order == "after" else None) or plain(change, model)
     statuses = []
     right: dict[str, dict[str, Outcome]] = {}
-    for how, right_value in EXPECTED.items():
+    for how, right_value in (EXPECTED | (IN_MID_RUN if change.kind == "in mid run" else {})).items():
         right[how] = walk(
             change, plain(change, model), order, lambda loop: None, lambda loop, how=right_value: outcome(loop, how)
         )
+    for how in EXPECTED:
         if how == COMPUTED and order == "after" and change.effect is not None:
             same = equal(right[how]["plain"], right[how]["changed"])
             assert same is not change.effect, f"this change {'has no' if same else 'has an'} effect on the sample"
