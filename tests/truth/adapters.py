@@ -136,20 +136,20 @@ def adapters_disabled(loop: Loop) -> Undo | None:
     return loop.net.enable_adapters
 
 
-@adapter(base=two_loras, effect=None)
+@adapter(base=two_loras, exact=False, effect=None)
 def a_lora_fused(loop: Loop) -> Undo | None:
     """The sum is another one in its last bits; so is what unfusing leaves."""
     loop.net.fuse_lora(adapter_names=["a"])
     return loop.net.unfuse_lora
 
 
-@adapter(base=two_loras)
+@adapter(base=two_loras, exact=False)
 def a_lora_fused_by_a_scale(loop: Loop) -> Undo | None:
     loop.net.fuse_lora(lora_scale=0.5, adapter_names=["a"])
     return loop.net.unfuse_lora
 
 
-@adapter(base=two_loras)
+@adapter(base=two_loras, exact=False)
 def the_other_lora_fused_beside(loop: Loop) -> Undo | None:
     loop.net.fuse_lora(adapter_names=["b"])
 

@@ -6,6 +6,7 @@ the oracle on that copy. Every change is tried before and after compiling; it is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +18,7 @@ import dcc
 from dcc.errors import DccError
 
 from .changes import CHANGES
-from .judging import COMPUTED, EXPECTED, IN_MID_RUN, Outcome, compiled, equal, judge, outcome, watched
+from .judging import COMPUTED, EXPECTED, IN_MID_RUN, INSIDE, Outcome, compiled, equal, judge, outcome, watched
 from .loops import BUILD, Loop, pipeline
 from .table import Change
 
@@ -50,6 +51,18 @@ def walk(change: Change, loop: Loop, order: str, begin: Observe, observe: Observ
     return seen
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where captured graphs are kept: most states are those of several rows, and reading is quicker than capturing."""
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(autouse=True)
+def stored(seeded: None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DCC_CACHE_DIR", str(folder))
+
+
+NO_SITE = re.compile(r"no site '[\w:]+'(: this denoiser is cached at its 'output' only| in this denoiser)")
 _PLAIN: dict[tuple[str, str], Loop] = {}
 _KEPT: dict[tuple[str, str, str], Loop] = {}  # compiled before and restored since, with graphs of their plain state
 
@@ -82,6 +95,8 @@ def check(change: Change, model: str, order: str) -> str:
             change, plain(change, model), order, lambda loop: None, lambda loop, how=right_value: outcome(loop, how)
         )
     for how in EXPECTED:
+        if not change.exact:
+            ours = plain(change, model)
         if how == COMPUTED and order == "after" and change.effect is not None:
             same = equal(right[how]["plain"], right[how]["changed"])
             assert same is not change.effect, f"this change {'has no' if same else 'has an'} effect on the sample"
@@ -94,6 +109,9 @@ def check(change: Change, model: str, order: str) -> str:
                 watched,
             )
         except DccError as error:
+            if how == INSIDE and NO_SITE.match(str(error)):  # in this state it is cached at its output only
+                statuses.append("refused")
+                continue
             assert order in change.refused, f"refused: {error}"
             assert len(str(error)) > 20
             return "refused"
