@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 
 os.environ["DCC_CACHE_DIR"] = ""  # every test captures its own graphs; those of the files on disk say otherwise
 
+from dcc.capture import store  # noqa: E402
 from dcc.capture.captured import Captured  # noqa: E402
 from dcc.capture.export import capture  # noqa: E402
 from dcc.record.call import Call, bind  # noqa: E402
@@ -56,6 +57,19 @@ def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("DCC_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("DCC_CACHE_DIR", "")
+
+
+@pytest.fixture
+def graphs(seeded: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured graphs are kept for the other tests of this run, in all its processes: for tests of what comes after.
+
+    The same few denoisers are compiled by many tests; a graph that is read is compared with its module.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "graphs"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    monkeypatch.setenv("DCC_CACHE_DIR", str(folder))
+    monkeypatch.setattr(store, "STORED", 4096)
 
 
 @pytest.fixture

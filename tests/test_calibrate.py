@@ -18,6 +18,8 @@ from dcc.tensor_file import read_tensors, write_tensors
 
 from . import tiny
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 LOOP = '''
 """A tiny denoiser of two blocks and its sampling loop; also the other process of the test that kills one."""
 

@@ -17,6 +17,8 @@ from dcc.errors import PipelineError, PlanError, PolicyError
 from dcc.plans.plan import make_plan
 from dcc.plans.predictors import Predictor
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 
 def run(*arguments: str, **environment: str) -> Result:
     return CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "100", **environment})

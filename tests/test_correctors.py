@@ -23,6 +23,8 @@ from dcc.variants.observe import Observer
 
 from .demo_runs import demo_run
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 COPY = Predictor("copy")
 LOW_RANK = {"corrector": {"kind": "low_rank", "rank": 3, "channels": None}}
 

@@ -20,6 +20,8 @@ from dcc.serve.denoiser import CompiledDenoiser
 from .conftest import Stack
 from .nets import apart
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 STEPS = 6
 
 

@@ -17,6 +17,8 @@ from dcc.discover.sites import find_sites
 
 from .denoisers import CASES, Case
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 FAMILIES = (
     "flux sd3 qwenimage auraflow chroma dit pixart sana hunyuandit unet-sdxl unet2d stable-cascade unet-motion wan "
     "hunyuanvideo ltx cogvideox stable-audio audioldm2 acestep"

@@ -14,6 +14,8 @@ from dcc.search.trace import COORDINATES, Layout, Trace, Tracer, coordinates
 
 from . import tiny
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 STEPS, N, D = 10, 3, 40
 
 

@@ -14,6 +14,8 @@ from dcc.serve.guard import SLACK, Guard, anchor_error, extra_step, limits
 
 from . import tiny
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 MODEL = "dit"
 MASK = (1, 1, 1, 0, 0, 0, 1)
 SCHEDULE = [[full] for full in MASK]

@@ -11,6 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from .denoisers import CASES
 from .nets import apart
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 STEPS = 6
 CASE = {case.name: case for case in CASES}
 

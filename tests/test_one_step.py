@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import dcc
 from dcc.errors import BudgetError
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 PROMPTS = [1.0, 2.0, 3.0, 4.0]
 
 

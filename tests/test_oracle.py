@@ -17,6 +17,8 @@ from dcc.plans.predictors import Predictor
 from . import tiny
 from .oracle import GROUPS, SITES, Cached, History, Oracle, taps
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 MODELS = tuple(SITES)
 ALL_COMPUTE = [[1]] * tiny.STEPS
 # The oracle forecasts in float64, dcc in float32 with coefficients of at most about 50 (Newton, order 2, four steps

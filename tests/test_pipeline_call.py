@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import dcc
 from dcc.record.target import PipelineTarget
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 PROMPTS = dcc.demo.prompts("calib")[:4]
 PARTS = {"mmdit": "transformer", "unet": "unet"}
 

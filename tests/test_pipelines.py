@@ -15,6 +15,8 @@ import dcc
 from dcc import errors
 from dcc.record.seam import handler_of
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 PIPELINES = {"mmdit": "transformer", "unet": "unet"}
 PROMPTS = dcc.demo.prompts("test")[:2]
 

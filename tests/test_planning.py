@@ -15,6 +15,8 @@ from dcc.report.evaluate import evaluate
 from . import tiny
 from .nets import apart
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 PROMPTS = dcc.demo.prompts("calib")[:6]
 STEPS = 9
 

@@ -11,6 +11,8 @@ from dcc.policies import POLICIES, Setting, make_policy, parameter_names
 
 from .nets import Net, sample
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 
 def mask(text):
     return tuple(int(character) for character in text)

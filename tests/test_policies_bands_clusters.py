@@ -14,6 +14,8 @@ from dcc.variants.forms import form_of
 from . import tiny
 from .demo_runs import demo_run
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 HIGH = Predictor("hermite", 2, (("sigma", 0.71),))
 
 

@@ -16,6 +16,8 @@ from dcc.variants.guidance import weighed_bands
 
 from .demo_runs import STEPS, demo_run
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 
 def masks(policy):
     """The mask of each site, as digits."""

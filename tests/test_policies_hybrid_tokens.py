@@ -14,6 +14,8 @@ from dcc.policies import Setting, make_policy
 from dcc.policies.hybrid import toca_interval, toca_mask
 from dcc.variants.cost import cost
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 STEPS = 12
 PROMPT = dcc.demo.prompts("test")[0]
 

@@ -17,6 +17,8 @@ from dcc.policies.layer_adaptive import placed
 from .demo_runs import STEPS, demo_run
 from .test_profile import synthetic
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 BRANCHES = ("blocks.0/attn", "blocks.0/mlp", "blocks.1/attn", "blocks.1/mlp")
 
 

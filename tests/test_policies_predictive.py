@@ -12,6 +12,8 @@ from dcc.policies import POLICIES, Setting, make_policy
 
 from .demo_runs import PROMPTS, SEEDS, STEPS, demo_run
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 EVERY_FIFTH = "111000010000100"  # three steps first
 NAMES = ("taylorseer", "taylorseer_lite", "hicache", "ab_cache", "foca", "femo", "goc")
 

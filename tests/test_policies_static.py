@@ -11,6 +11,8 @@ from dcc.policies.static import around
 from .demo_runs import STEPS, demo_run
 from .test_profile import synthetic
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 TENTHS = tuple(100.0 * s for s in range(9, -1, -1))  # timesteps of ten steps, 900 to 0
 WIDE = (-1, 1001)
 

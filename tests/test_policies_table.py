@@ -15,6 +15,8 @@ from dcc.policies import POLICIES, names
 
 from .demo_runs import STEPS, demo_run
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 SURVEY = (
     "DeepCache", "FasterDiffusion", "T-GATE", "FORA", "Delta-DiT", "PAB", "SmoothCache", "DiTFastAttn", "BlockDance",
     "Block Caching", "ECAD", "TeaCache", "FBCache", "DiCache", "MagCache", "EasyCache", "ERTACache", "TaoCache",

@@ -24,6 +24,8 @@ from dcc.record.target import PipelineTarget
 
 from .demo_runs import CALIBRATION, PROMPTS, SEEDS, STEPS, demo_run
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 PUBLISHED = [
     1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047, 1.01562, 1.00781,
     1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359, 0.89062,

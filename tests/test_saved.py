@@ -20,6 +20,8 @@ from dcc.record.seam import handler_of
 
 from .nets import Net, sample
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 PROMPT = "a red circle"
 PARTS = {"mmdit": "transformer", "unet": "unet"}
 

@@ -24,6 +24,8 @@ from dcc.serve.session import MAX_STREAMS
 
 from . import tiny
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 MODEL = "pixart"
 ALL_MODELS = ("flux", "pixart", "unet-sd")
 MASK = (1, 1, 0, 1, 0, 0, 1)  # forecasts with one, two and two anchors; the last step computes

@@ -21,6 +21,8 @@ from dcc.policies.setting import plan_for
 
 from . import tiny
 
+pytestmark = pytest.mark.usefixtures("graphs")
+
 MODEL = "flux"
 # small thresholds compute at every step, large ones at the forced steps only
 RUNS = {

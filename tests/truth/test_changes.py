@@ -51,17 +51,7 @@ def walk(change: Change, loop: Loop, order: str, begin: Observe, observe: Observ
     return seen
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where captured graphs are kept: most states are those of several rows, and reading is quicker than capturing."""
-    return tmp_path_factory.mktemp("graphs")
-
-
-@pytest.fixture(autouse=True)
-def stored(seeded: None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DCC_CACHE_DIR", str(folder))
-
-
+pytestmark = pytest.mark.usefixtures("graphs")
 NO_SITE = re.compile(r"no site '[\w:]+'(: this denoiser is cached at its 'output' only| in this denoiser)")
 _PLAIN: dict[tuple[str, str], Loop] = {}
 _KEPT: dict[tuple[str, str, str], Loop] = {}  # compiled before and restored since, with graphs of their plain state
