@@ -90,6 +90,7 @@ class Captured:
 
     def __post_init__(self) -> None:
         paths = {name: path for path, name in self.inputs.items()}
+        settings = {name: index for index, name in enumerate(self.settings.names)}
         for node in self.graph_module.graph.nodes:
             if node.op != "placeholder":
                 break
@@ -97,8 +98,8 @@ class Captured:
                 node.meta[VALUE] = self.weights[node.name]
             elif node.name in self.constants:
                 node.meta[VALUE] = Constant(node.name, self.constants[node.name])
-            elif node.name in self.settings.names:
-                node.meta[VALUE] = Setting(node.name, self.settings.names.index(node.name), self.settings)
+            elif node.name in settings:
+                node.meta[VALUE] = Setting(node.name, settings[node.name], self.settings)
             else:
                 node.meta[VALUE] = Argument(paths[node.name], node.name)
 

@@ -37,7 +37,7 @@ class Setting(Number):
         return self.placeholder
 
     def tensor(self, served: Served) -> Tensor:
-        return self.settings.tensors()[self.index]
+        return self.settings.tensor(self.index)
 
 
 @dataclass(eq=False)
@@ -47,7 +47,7 @@ class Settings:
     attributes: frozenset[str]
     places: list[tuple[Any, Any]]  # a dict or list, and the key or index
     names: tuple[str, ...] = ()  # of the graph's inputs that stand for them
-    _made: tuple[tuple[float, ...], tuple[Tensor, ...]] = field(default=((), ()))
+    _made: dict[int, tuple[float, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module, attributes: Iterable[str]) -> Settings:
@@ -62,13 +62,18 @@ class Settings:
         """The numbers as they are now."""
         return tuple(holder[key] for holder, key in self.places)
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The same as tensors, made once for equal numbers."""
-        values, (known, tensors) = self.values(), self._made
-        if values != known:
-            tensors = torch.tensor(values, dtype=torch.float64).unbind() if values else ()
-            self._made = values, tensors
-        return tensors
+    def tensor(self, index: int) -> Tensor:
+        """One of them as it is now, as a tensor, which is made anew where the module has another object."""
+        holder, key = self.places[index]
+        value, (known, tensor) = holder[key], self._made.get(index, (None, None))
+        if tensor is None or value is not known:
+            tensor = torch.tensor(value, dtype=torch.float64)
+            self._made[index] = value, tensor
+        return tensor
+
+    def tensors(self) -> list[Tensor]:
+        """All of them as tensors."""
+        return list(map(self.tensor, range(len(self.places))))
 
     @contextlib.contextmanager
     def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
@@ -102,7 +107,7 @@ class Settings:
         vars(forward)["__signature__"] = signature.replace(parameters=[*taken, extra, *rest])
         own["forward"] = forward
         try:
-            yield {GIVEN: list(self.tensors())}
+            yield {GIVEN: self.tensors()}
         finally:
             del own["forward"]
             own.update(before)

@@ -90,7 +90,7 @@ def a_hook_whose_number_changes(loop: Loop) -> Undo | None:
     return handle.remove
 
 
-@change("hook")
+@change("hook", orders=("after",))  # before compiling, the recorded run raises it
 def a_hook_that_raises(loop: Loop) -> Undo | None:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         raise ZeroDivisionError("the hook's own error")

@@ -114,13 +114,13 @@ class Changes(RuleBasedStateMachine):
         dcc.restore(self.loops[0].net)
 
 
-@pytest.mark.parametrize("runs", [pytest.param(4, marks=pytest.mark.slow), pytest.param(12, marks=pytest.mark.long)])
+@pytest.mark.parametrize("runs", [pytest.param(4, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.long)])
 def test_random_changes_are_served_as_the_original_would(runs: int) -> None:
     run_state_machine_as_test(
         Changes,
         settings=settings(
             max_examples=runs,
-            stateful_step_count=10 if runs > 10 else 6,
+            stateful_step_count=6,
             derandomize=True,
             deadline=None,
             database=None,
