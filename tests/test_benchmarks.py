@@ -23,6 +23,7 @@ import dcc
 from dcc.text import error_line
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+pytestmark = pytest.mark.usefixtures("graphs")
 STEPS = 6
 SMOKED = (
     "compile_time", "conformance", "evolution", "hoisting", "host_overhead", "kernel_speed", "latency", "other_runs",
@@ -41,7 +42,7 @@ def script(name: str) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Result files of a trial go to a folder of its own, and stored graphs nowhere."""
+    """Result files of a trial go to a folder of its own."""
     monkeypatch.setattr(script("measure"), "RESULTS", tmp_path)
     return tmp_path
 

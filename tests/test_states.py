@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dcc.capture.export import capture
 from dcc.discover.sites import Sites, find_sites
 from dcc.discover.subject import Subject
+from dcc.passes.blocks import Block
 from dcc.record.call import bind
 
 from .adapters import Adapted, adapt, fuse
@@ -91,10 +92,14 @@ class Tail(nn.Module):
         return x + self.head[1](self.head[0](x))
 
 
-def order(net: Tail, paths: list[str] | None = None) -> list[str]:
-    """Paths of the blocks that a capture of the module has."""
+def sites_of(net: Tail, like: Sites | None = None) -> Sites:
     call = bind(net, (torch.randn(2, 3, 64),), {}, frozenset())
-    return [block.path for block in find_sites(capture(net, call), call, order=paths).order]
+    return find_sites(capture(net, call), call, like=like)
+
+
+def order(net: Tail, like: Sites | None = None) -> list[str]:
+    """Paths of the blocks that a capture of the module has."""
+    return [block.path for block in sites_of(net, like).order]
 
 
 def test_an_adapter_makes_no_block_of_a_head() -> None:
@@ -107,6 +112,16 @@ def test_an_adapter_makes_no_block_of_a_head() -> None:
 
 def test_blocks_of_another_capture_are_taken_over() -> None:
     """What a stack of blocks is may depend on sizes; a plan's `blocks[a:b]` must not."""
-    paths = ["blocks.0", "blocks.1", "head.0"]
-    assert order(Tail(), paths) == paths
-    assert order(Tail(), [*paths, "blocks.2"]) == ["blocks.0", "blocks.1"]
+    net = Tail()
+    like = sites_of(net)
+    like.order.append(Block("head.0", frozenset()))
+    assert order(net, like) == ["blocks.0", "blocks.1", "head.0"]
+    like.order.append(Block("blocks.2", frozenset()))
+    assert order(net, like) == ["blocks.0", "blocks.1"]  # one is not there
+
+
+def test_a_block_that_was_not_there_makes_another_stack() -> None:
+    net = Tail()
+    like = sites_of(net)
+    net.blocks.append(nn.Linear(64, 64).requires_grad_(False))
+    assert order(net, like) == ["blocks.0", "blocks.1", "blocks.2"]

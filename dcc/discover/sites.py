@@ -15,7 +15,7 @@ from dcc.capture.captured import Captured
 from dcc.errors import SiteError
 from dcc.passes import blocks as block_analysis
 from dcc.passes.base import GUIDANCE, Port, Site
-from dcc.passes.blocks import Block
+from dcc.passes.blocks import Block, is_inside
 from dcc.passes.costs import Cost, costs
 from dcc.passes.dataflow import Dataflow
 from dcc.passes.graph import nodes_by_name, op_name, returned
@@ -207,20 +207,18 @@ class Sites:
         return _Finder(self).residual(name, self.order[start:stop])
 
 
-def find_sites(
-    captured: Captured, call: Call, run: Recording | None = None, order: Sequence[str] | None = None
-) -> Sites:
+def find_sites(captured: Captured, call: Call, run: Recording | None = None, like: Sites | None = None) -> Sites:
     """All sites of `captured`, with shapes, bytes and FLOPs of the concrete `call`.
 
     `run` tells which inputs move and whether guidance comes as a merged batch; without it every input may move, and
-    there is no guidance. `order` holds the paths of the blocks of another capture of the module: where this one has
-    them all they are its blocks too, so that `blocks[a:b]` means the same ones at other sizes and in other states.
+    there is no guidance. `like` are those of another capture of the module: where this one has all their blocks, and no
+    new ones, these are its blocks too, so that `blocks[a:b]` means the same ones at other sizes and in other states.
     """
     sites = Sites(captured, call, run)
     if not captured.problem:
         sites.costs = costs(captured.graph_module, captured.inputs_of(call))
     sites.flops = sum(cost.flops for cost in sites.costs.values())
-    _Finder(sites).find(order)
+    _Finder(sites).find(like)
     return sites
 
 
@@ -236,17 +234,15 @@ class _Finder:
         self.numbered = list(block_analysis.numbered_blocks(self.graph_module).values())
         self.moving = self.flow.depends_on(sites.captured.inputs.values())
 
-    def find(self, order: Sequence[str] | None) -> None:
+    def find(self, like: Sites | None) -> None:
         outputs = returned(self.graph_module)
         self.add("output", "output", [Port(node.name) for node in dict.fromkeys(outputs)])
         if self.sites.captured.problem:
             return
         self.latent(outputs)
-        known = {block.path: block for block in self.numbered}
-        if order is not None and all(path in known for path in order):
-            self.sites.order = [known[path] for path in order]
-        else:
-            self.sites.order = block_analysis.outermost_blocks(self.graph_module, self.lasting)
+        same = self.same_blocks(like)
+        found = block_analysis.outermost_blocks(self.graph_module, self.lasting) if same is None else same
+        self.sites.order = found
         self.hidden()
         if self.sites.order:
             self.stacks()
@@ -255,6 +251,20 @@ class _Finder:
         for block in self.sites.order:
             self.add_site(self.residual(block.path, [block]))
             self.branches(block)
+
+    def same_blocks(self, like: Sites | None) -> list[Block] | None:
+        """The blocks of another capture; None where this one lacks some, or has new numbered modules beside them."""
+        if like is None or like.captured.problem:
+            return None
+        known, before = (
+            {block.path: block for block in self.numbered},
+            block_analysis.numbered_blocks(like.graph_module),
+        )
+        paths = [block.path for block in like.order]
+        new = [path for path in known if path not in before]
+        if not all(path in known for path in paths) or not all(any(is_inside(n, p) for p in paths) for n in new):
+            return None
+        return [known[path] for path in paths]
 
     @functools.cached_property
     def side(self) -> SideProducts:

@@ -67,7 +67,7 @@ class Subject:
 
     def sites_of(self, captured: Captured) -> Sites:
         """The sites of another graph of the same denoiser, captured in another state or for another signature."""
-        return find_sites(captured, captured.call, self.run, [block.path for block in self.sites.order])
+        return find_sites(captured, captured.call, self.run, self.sites)
 
 
 def record(target: Target, prompts: Sequence[Any]) -> Recording:

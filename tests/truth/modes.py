@@ -157,19 +157,19 @@ def gradients_with_checkpointing(loop: Loop) -> Undo | None:
 
 
 # ---------------------------------------------------------------- casting and offloading by hooks
-@change("hooks of the library", effect=None)
+@change("hooks of the library", effect=None, exact=False)
 def layerwise_casting(loop: Loop) -> Undo | None:
     """The library has no way back."""
     apply_layerwise_casting(loop.net, storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
 
 
-@change("hooks of the library", effect=False)
+@change("hooks of the library", effect=False, exact=False)
 def group_offload_of_leaves(loop: Loop) -> Undo | None:
     """From the CPU to the CPU, as a machine without an accelerator can; the library's hooks are the same."""
     apply_group_offloading(loop.net, onload_device=torch.device("cpu"), offload_type="leaf_level")
 
 
-@change("hooks of the library", effect=False)
+@change("hooks of the library", effect=False, exact=False)
 def group_offload_of_blocks(loop: Loop) -> Undo | None:
     apply_group_offloading(
         loop.net, onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -309,6 +310,7 @@ def the_class_of_a_block(loop: Loop) -> Undo | None:
     before = type(part)
 
     class Louder(before):  # pyright: ignore
+        @functools.wraps(before.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return scaled(super().forward(*args, **kwargs))
 

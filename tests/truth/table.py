@@ -27,7 +27,7 @@ class Change:
     effect: bool | None = True  # whether the sample changes; None where that depends on the machine
     refused: tuple[str, ...] = ()  # orders ("before", "after") in which dcc may refuse it with a DccError of its own
     orders: tuple[str, ...] = ("before", "after")
-    exact: bool = True  # undoing gives the very same weights, to the last bit
+    exact: bool = True  # it can be undone, to the last bit of the weights
     peft: bool = False  # needs peft
     pipeline: bool = False  # `make` takes the loop of a pipeline
 
