@@ -25,7 +25,8 @@ def attention(loop: Loop) -> nn.Module:
 
 def linear(loop: Loop) -> nn.Linear:
     """The last layer of its MLP."""
-    return block(loop).ff.net[2]
+    mlp = block(loop).ff
+    return (mlp.mlp if isinstance(mlp, Knobs) else mlp).net[2]
 
 
 def noise(like: Tensor, seed: int = 7) -> Tensor:
