@@ -25,13 +25,23 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dcc.record.seam import own_vars
-from dcc.torch_internals import REGISTERED, attention_backend, children, global_hooks, pytree, slots, version
+from dcc.torch_internals import (
+    COMPILED_CALL,
+    REGISTERED,
+    attention_backend,
+    children,
+    global_hooks,
+    pytree,
+    slots,
+    version,
+)
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 LONGEST = 4096  # items of a container that are looked at one by one; of longer ones, only how many there are
 DEEPEST = 64  # how far objects in objects are followed
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 SMALL = 1 << 20  # numbers of a buffer that are compared; some operators write to one without telling its version
+OUTSIDE = frozenset({COMPILED_CALL})  # what runs in the place of the module, and is none of its own code's business
 _END = object()
 _INTERNAL = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 _READ = (*REGISTERED, "_forward_hooks", "_forward_pre_hooks")  # those that every call looks at, hooks or none
@@ -45,7 +55,7 @@ class Walk:
     """
 
     def __init__(self, module: nn.Module, ignored: frozenset[str] = frozenset()) -> None:
-        self.ignored = ignored
+        self.ignored = ignored | OUTSIDE
         self.items: list[tuple[str, Any]] = []  # every value that was met
         self.views: list[Callable[[], Iterable[Any]]] = []  # each gives what a container holds now
         self.attributes: list[dict[str, Any]] = []  # of modules, of which there are many

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dcc.capture.describe import described
 from dcc.capture.settings import Floats
-from dcc.capture.state import Mark, library, world
+from dcc.capture.state import OUTSIDE, Mark, library, world
 from dcc.record.seam import own_vars
 from dcc.torch_internals import global_hooks, hook_names, version
 
@@ -105,7 +105,7 @@ def _digest(
     module: nn.Module, name: Callable[[Any], Any], ignored: frozenset[str], floats: dict[str, list[str]] | None = None
 ) -> str:
     functions = tuple(name(function) for function in library() if callable(function))
-    return _hash((described(module, name, ignored, floats), world(), functions))
+    return _hash((described(module, name, ignored | OUTSIDE, floats), world(), functions))
 
 
 def _hash(value: Any) -> str:
