@@ -74,7 +74,7 @@ def capture(
         captured = replace(captured, state=state, keeps=evidence.keeps)
         keep(module, captured)
     captured.read_from(module)
-    captured.proven.add(captured.kind(call))
+    captured.proven.update(captured.kind(own) for own in (call, first) if own is not None and captured.accepts(own))
     return captured
 
 
@@ -83,7 +83,7 @@ def _captured(
 ) -> Captured:
     """A graph that was captured in this state, by this process or an earlier one, or a new one."""
     tests = evidence.answers
-    if first is not None and first.shapes != call.shapes:
+    if first is not None and first.layout != call.layout:
         tests = [*tests, (first, pytree.tree_leaves(first.twin().run(module)))]
     for known in _CAPTURES.get(module, []):
         if known.fits(state) and known.settings.attributes == settings:
