@@ -134,6 +134,8 @@ def compile(
     watch = Guard(plan) if guard else None
     net = CompiledDenoiser(subject, plan, backend=backend, mode=mode, guard=watch)
     net.compile_seconds = captured_after
+    for other in subject.run.others:
+        net.note(f"{other} is another denoiser of this pipeline, which is not cached: FLOPs and budgets leave it out")
     with preserved(target.module):
         net.warm(subject.run.first, say)
     return target.install(net)

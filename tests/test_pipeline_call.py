@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import dcc
 from dcc.record.target import PipelineTarget
 
+from .truth.loops import Loop, dit
+
 pytestmark = pytest.mark.usefixtures("graphs")
 
 PROMPTS = dcc.demo.prompts("calib")[:4]
@@ -147,3 +149,23 @@ def test_methods_of_the_pipeline_reach_the_compiled_denoiser(name: str):
     fused, unfused = states[2], states[3]
     assert any(not torch.equal(fused[key], unfused[key]) for key in fused)  # else fusing would have shown nothing
     assert isinstance(dcc.compiled(compiled), dcc.CompiledDenoiser)
+
+
+def test_another_denoiser_of_the_pipeline_is_said() -> None:
+    """A budget is one of FLOPs of the denoiser that is compiled: what another one takes is not part of it."""
+    pipe = dcc.demo.load("mmdit")
+    second = Loop(dit())
+    pipe.refiner = second.net
+
+    def refine(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            second()
+        return values
+
+    call = dcc.demo.settings("mmdit") | {"num_inference_steps": 4, "callback_on_step_end": refine}
+    dcc.compile(pipe, dcc.demo.prompts("calib")[:1], policy="interval", interval=2, backend="eager", **call)
+    said = [line for line in dcc.summary(pipe).problems if "another denoiser" in line]
+    assert said == [
+        "refiner (4 calls) is another denoiser of this pipeline, which is not cached: FLOPs and budgets leave it out"
+    ]
+    assert not second.net._forward_pre_hooks

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,9 +83,13 @@ def record(target: Target, prompts: Sequence[Any]) -> Recording:
             moved.append(True)
 
     def run(gradients: bool) -> Recording:
-        with recording(target, Recorder(target.module, at_call=at_call), gradients) as recorder:
+        calls: Counter[str] = Counter()
+        with recording(target, Recorder(target.module, at_call=at_call), gradients) as recorder, ExitStack() as hooks:
+            for name, part in target.others.items():
+                hooks.callback(part.register_forward_pre_hook(functools.partial(_count, calls, name)).remove)
             target.sample(prompts[:1])
-        return replace(recorder.result(), restless=bool(moved), gradients=gradients)
+        others = tuple(f"{name} ({count} calls)" for name, count in calls.items())
+        return replace(recorder.result(), restless=bool(moved), gradients=gradients, others=others)
 
     try:
         return run(gradients=False)
@@ -91,6 +97,10 @@ def record(target: Target, prompts: Sequence[Any]) -> Recording:
         if "grad" not in str(error):
             raise
     return run(gradients=True)  # a loop that differentiates through the denoiser
+
+
+def _count(calls: Counter[str], name: str, *_: Any) -> None:
+    calls[name] += 1
 
 
 def capture_inside(target: Target, prompts: Sequence[Any], run: Recording) -> Captured:

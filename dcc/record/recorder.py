@@ -40,6 +40,7 @@ class Recording:
     as_tensors: frozenset[str]
     gradients: bool = False  # the loop differentiates through the denoiser
     restless: bool = False  # the denoiser's state was not the same at every call
+    others: tuple[str, ...] = ()  # further denoisers of the pipeline that ran, as "name (calls)"
     guided: bool = False  # at every call both halves of the batch hold equal samples; prompt-side inputs differ
 
     def sample_path(self, call: Call, dimensions: int = 1) -> str | None:

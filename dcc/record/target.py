@@ -10,7 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -63,6 +63,12 @@ class PipelineTarget:
     @property
     def module(self) -> nn.Module:
         return getattr(self.pipe, self.name)
+
+    @property
+    def others(self) -> dict[str, nn.Module]:
+        """The pipeline's other denoisers by name, as far as they are of the same class."""
+        parts = vars(self.pipe).items()
+        return {name: part for name, part in parts if type(part) is type(self.module) and part is not self.module}
 
     @property
     def scheduler(self) -> str:
@@ -177,6 +183,7 @@ class PipelineTarget:
 class ModuleTarget:
     """A bare denoiser and the function that runs one sampling loop with it."""
 
+    others: ClassVar[dict[str, nn.Module]] = {}
     scheduler = "sample"
     data_range = None  # only the loop's author knows
     batches = False
