@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -41,6 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # pytest listens to loggers that do not propagate; torch then formats a stack for each symbol and guard of an export
+    logging.getLogger("torch.__trace").propagate = True
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
