@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dcc
-from dcc.errors import PositionError
+from dcc.plans.plan import make_plan
 from dcc.plans.predictors import Predictor
 from dcc.serve.session import MAX_STREAMS
 
@@ -229,33 +230,58 @@ def test_the_caller_may_write_into_what_it_passed_and_got(site: str, order: int)
     assert_same(found, alone(1, site=site, order=order))
 
 
-def test_an_unknown_timestep_is_refused_and_disturbs_nothing() -> None:
+def assert_original(net: dcc.CompiledDenoiser, kwargs: dict[str, Any], said: str) -> None:
+    """The module's own answer is returned, and the summary says why."""
+    with torch.no_grad():
+        assert torch.equal(net(**kwargs)[0], tiny.module(MODEL)(**kwargs)[0])
+    assert [line for line in net.summary().problems if re.search(f"the original ran: .*{said}", line)]
+
+
+def test_at_an_unknown_timestep_the_original_runs_and_nothing_is_disturbed() -> None:
     net, prompt = net_for(), tiny.prompt(MODEL, 1)
     running = tiny.generation(MODEL, tiny.denoise_with(net), 1, prompt)
     begun = [next(running) for _ in range(3)]
     wrong = tiny.arguments(MODEL, prompt, tiny.noise(MODEL, 1), 0) | {"timestep": torch.tensor([5000, 5000])}
-    with pytest.raises(PositionError, match=r"timestep=5000 is outside the plan's levels \(900 to 100\)"):
-        net(**wrong)
+    assert_original(net, wrong, r"timestep is outside the plan's levels \(900 to 100\)")
     assert_same([*begun, *running], alone(1))
     assert net.sessions.counts.computed == sum(MASK)
 
 
-def test_several_noise_levels_in_one_batch_are_refused() -> None:
-    net = net_for()
+def test_several_noise_levels_in_one_batch_run_the_original() -> None:
     kwargs = tiny.arguments(MODEL, tiny.prompt(MODEL, 1), tiny.noise(MODEL, 1), 0)
-    with pytest.raises(PositionError, match="'timestep' holds several noise levels in one batch"):
-        net(**(kwargs | {"timestep": torch.tensor([900, 800])}))
+    kwargs["timestep"] = torch.tensor([900, 800])
+    assert_original(net_for(), kwargs, "'timestep' holds several noise levels in one batch")
 
 
 @pytest.mark.parametrize(("index", "steps"), [(7, 7), (-1, None)])
-def test_a_position_outside_of_the_plan_is_refused(index: int, steps: int | None) -> None:
+def test_at_a_position_outside_of_the_plan_the_original_runs(index: int, steps: int | None) -> None:
     net = net_for()
     kwargs = tiny.arguments(MODEL, tiny.prompt(MODEL, 1), tiny.noise(MODEL, 1), 0)
-    with (
-        net.cache_context("cond", step_index=index, num_inference_steps=steps),
-        pytest.raises(PositionError, match=rf"step {index} of {steps} does not fit a plan of 7 steps"),
-    ):
-        net(**kwargs)
+    with net.cache_context("cond", step_index=index, num_inference_steps=steps):
+        assert_original(net, kwargs, rf"step {index} of {steps} does not fit a plan of 7 steps")
+
+
+@pytest.mark.parametrize("mask", [(1,) * 5, (1, 0, 1, 0, 1), (1, 0, 1, 1, 0)])
+def test_a_run_may_be_longer_than_the_plan_at_both_ends(mask: tuple[int, ...]) -> None:
+    """What is served is said to be computed or forecast as it was; all-compute plans compute everything."""
+    levels, steps = tiny.levels(MODEL)[1:-1], [[full] for full in mask]
+    plan = make_plan(
+        model=tiny.plan(MODEL, ["output"], [[1]] * tiny.STEPS).model, scheduler="sample", levels=levels,
+        sites=["output"], schedule=steps, predictors=[tiny.COPY], policy="test", parameters={},
+    )  # fmt: skip
+    net, prompt, sample = tiny.compiled(MODEL, plan), tiny.prompt(MODEL, 1), tiny.noise(MODEL, 1)
+    found, right = [], []
+    for step in range(tiny.STEPS):
+        kwargs = tiny.arguments(MODEL, prompt, sample, step)
+        with torch.no_grad():
+            found.append(net(**kwargs)[0])
+            right.append(tiny.module(MODEL)(**kwargs)[0])
+        sample = tiny.euler(sample, right[-1])
+    computed = [torch.equal(a, b) for a, b in zip(found, right, strict=True)]
+    assert computed[0] and (all(computed) or not all(mask))
+    counts = net.sessions.counts
+    assert counts.computed + counts.originals == sum(computed)
+    assert counts.computed + counts.forecast + counts.originals == tiny.STEPS
 
 
 def test_the_position_of_the_context_goes_before_the_timestep() -> None:

@@ -55,8 +55,23 @@ def due(plan: Plan, selector: int, served: int, last: float | None, now: float) 
     return max((step for step in computed if step <= now + half), default=served)
 
 
-def ends(plan: Plan, last: float, now: float) -> bool:
-    """Whether a run whose last two calls are at these positions is over: the next would be past the plan's levels."""
+def is_planned(plan: Plan, position: float) -> bool:
+    """Whether a position is one of the plan's own steps: not between two of them, nor before or after all."""
+    return position == int(position) and 0 <= position < plan.steps
+
+
+def nearest(plan: Plan, position: float) -> int:
+    """The step of the plan nearest to a position."""
+    return min(max(round(position), 0), plan.steps - 1)
+
+
+def ends(plan: Plan, last: float | None, now: float) -> bool:
+    """Whether a run whose last two calls are at these positions is over: the next would be past the plan's levels.
+
+    `last` is None at the first call.
+    """
+    if last is None:
+        return now >= plan.steps - 1
     return now + 1.5 * (now - last) > plan.steps - 1 + REACH
 
 

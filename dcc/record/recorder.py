@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from dcc.errors import CaptureError
 from dcc.record.call import Call, bind
+from dcc.record.chains import Seen, moves, positions, sketch, steps_of
 from dcc.record.seam import Handler
 from dcc.torch_internals import plain_call
 
-MAX_STREAMS = 3  # an input that takes more distinct values than this in a run moves with the steps
+MOST_HELD = 64  # values of one input that are held, to see whether each of them is always the same tensor
 
 
 class StopAfterFirstCall(Exception):
@@ -24,11 +26,11 @@ class StopAfterFirstCall(Exception):
 
 @dataclass
 class Recording:
-    """What one run showed. `levels` are the timestep values of the first stream's calls, in order.
+    """What one run showed. `levels` are the timestep values of its steps, in order.
 
     `time` is the path of the input that carries the noise level (None where none does), `varying` the tensors that
     change from step to step, `keys` the prompt-side tensors whose identity is stable within a run, `calls` the number
-    of denoiser calls. `first` is the first call.
+    of denoiser calls. `first` is the first call. `moves` [steps, steps] says how far samples moved (`chains.moves`).
     """
 
     first: Call
@@ -42,11 +44,14 @@ class Recording:
     restless: bool = False  # the denoiser's state was not the same at every call
     others: tuple[str, ...] = ()  # further denoisers of the pipeline that ran, as "name (calls)"
     guided: bool = False  # at every call both halves of the batch hold equal samples; prompt-side inputs differ
+    samples: frozenset[str] = frozenset()  # those of `varying` that take the most values
+    numbers: tuple[str, ...] = ()  # Python numbers that differ between the calls of a step, but not between steps
+    moves: Tensor | None = None
 
     def sample_path(self, call: Call, dimensions: int = 1) -> str | None:
         """The path of the sampler's state, the largest tensor of at least `dimensions` that moves; None without one."""
         pairs = zip(call.names, call.tensors, strict=True)
-        moving = [(n, t.numel()) for n, t in pairs if n in self.varying and t.dim() >= dimensions]
+        moving = [(n, t.numel()) for n, t in pairs if n in (self.samples or self.varying) and t.dim() >= dimensions]
         return max(moving, key=lambda item: item[1])[0] if moving else None
 
     def batch_of(self, call: Call) -> int:
@@ -62,27 +67,39 @@ class Recording:
 
 @dataclass
 class _Input:
-    """Distinct values of one input over a run, at most MAX_STREAMS + 1 of them, and its scalar value per call."""
+    """What one input was over a run: for each of the calls that had it its value, scalar value, and sketch."""
 
-    originals: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    at: list[int] = field(default_factory=list)  # the calls
+    originals: dict[Hashable, Tensor] = field(default_factory=dict)  # held so that their addresses stay theirs
+    values: list[tuple[Hashable, str]] = field(default_factory=list)  # shape and digest
     scalars: list[float | None] = field(default_factory=list)
-    which: list[int] = field(default_factory=list)  # per call, the index of its value among `values`
+    sketches: list[Tensor | None] = field(default_factory=list)
     stable: bool = True
     halves: bool = True  # whether its two halves are equal in every call
+    dimensions: int = 0
+    size: int = 0
 
-    def see(self, tensor: Tensor) -> None:
+    def see(self, call: int, tensor: Tensor) -> None:
+        self.at.append(call)
         self.scalars.append(_scalar(tensor))
+        self.dimensions, self.size = tensor.dim(), tensor.numel()
         self.halves &= tensor.dim() > 1 and len(tensor) % 2 == 0 and torch.equal(*tensor.chunk(2))
-        for index, (original, value) in enumerate(zip(self.originals, self.values, strict=True)):
-            if value.shape == tensor.shape and torch.equal(value, tensor):
-                self.stable &= original.data_ptr() == tensor.data_ptr()
-                self.which.append(index)
-                return
-        self.which.append(len(self.values))
-        if len(self.values) <= MAX_STREAMS:
-            self.originals.append(tensor)
-            self.values.append(tensor.clone())
+        self.sketches.append(sketch(tensor).cpu() if tensor.dim() > 0 and tensor.is_floating_point() else None)
+        value = _value(tensor)
+        self.values.append(value)
+        if value in self.originals:
+            self.stable &= self.originals[value].data_ptr() == tensor.data_ptr()
+        elif len(self.originals) < MOST_HELD:
+            self.originals[value] = tensor
+        else:
+            self.stable = False
+
+    def moves_with(self, steps: Sequence[int]) -> bool:
+        """Whether it takes other values of the same shape at other steps; `steps` has the step of each call."""
+        taken: dict[Hashable, dict[int, set[Hashable]]] = defaultdict(lambda: defaultdict(set))
+        for call, (shape, value) in zip(self.at, self.values, strict=True):
+            taken[shape][steps[call]].add(value)
+        return any(set[Hashable]().union(*at.values()) != max(at.values(), key=len) for at in taken.values())
 
 
 class Recorder(Handler):
@@ -103,6 +120,7 @@ class Recorder(Handler):
         self.at_first, self.as_tensors, self.at_call = at_first, as_tensors, at_call
         self.first: Call | None = None
         self.given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # its arguments
+        self.kinds: list[Hashable] = []  # of each call, what its tensors' values and noise level do not tell
         self.contexts: list[str | None] = []
         self.numbers: dict[str, set[float]] = {}
         self.inputs: dict[str, _Input] = {}
@@ -118,14 +136,16 @@ class Recorder(Handler):
                 raise StopAfterFirstCall
         if self.at_call is not None:
             self.at_call()
-        self.calls += 1
         self.contexts.append(self.position.name if self.position else None)
+        constants = {n: v for n, v in call.constants.items() if not isinstance(v, (int, float)) or isinstance(v, bool)}
+        self.kinds.append((self.contexts[-1], call.shapes, tuple(constants.items())))
         for name, value in call.constants.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 self.numbers.setdefault(name, set()).add(value)
-                self.inputs.setdefault(name, _Input()).see(torch.tensor(float(value)))
+                self.inputs.setdefault(name, _Input()).see(self.calls, torch.tensor(float(value)))
         for name, tensor in zip(call.names, call.tensors, strict=True):
-            self.inputs.setdefault(name, _Input()).see(tensor)
+            self.inputs.setdefault(name, _Input()).see(self.calls, tensor)
+        self.calls += 1
         return plain_call(self.module)(*args, **kwargs)
 
     @property
@@ -141,19 +161,37 @@ class Recorder(Handler):
         if as_tensors:
             self.first = bind(self.module, *self.given, as_tensors).detached()
         time, scalars = self._time()
-        steps = len(set(scalars)) or self.calls
-        per_step = math.ceil(self.calls / steps)
+        of_levels = steps_of(scalars or range(self.calls))
         seen = {n: i for n, i in self.inputs.items() if n in self.first.names or n in as_tensors}
-        varying = frozenset(name for name, i in seen.items() if self.once or len(i.values) > min(per_step, MAX_STREAMS))
-        fixed = {name: i for name, i in seen.items() if name not in varying and len(i.which) == self.calls}
-        streams = list(zip(self.contexts, *(i.which for i in fixed.values()), strict=True))
-        levels = tuple(level for level, stream in zip(scalars, streams, strict=False) if stream == streams[0])
-        levels = levels[:1] if self.once else levels
-        keys = tuple(name for name, i in fixed.items() if i.stable)
-        sides = [i.halves for n, i in fixed.items() if i.values[0].dim() > 1 and len(i.values[0]) % 2 == 0]
-        moving = [seen[name].halves for name in varying if seen[name].values[0].dim() > 1]
-        guided = bool(moving) and all(moving) and not all(sides)
-        return Recording(self.first, self.calls, time, levels, varying, keys, as_tensors, guided=guided)
+        whole = {name: i for name, i in seen.items() if len(i.at) == self.calls}
+        varying = {name for name, i in seen.items() if self.once or i.moves_with(of_levels)}
+        keys = tuple(name for name, i in whole.items() if name not in varying and i.stable)
+        numbers = tuple(name for name in whole if name in as_tensors and name not in varying)
+        moving = [seen[name] for name in varying if seen[name].dimensions > 0]
+        most = max((len(set(i.values)) for i in moving), default=0)
+        samples = {name for name in varying if len(set(seen[name].values)) >= most}
+        calls = self._calls(scalars, (*keys, *numbers), samples)
+        places = positions(calls)
+        levels = tuple(dict(zip(places, scalars, strict=True)).values()) if scalars else ()
+        sides = [i for n, i in whole.items() if n not in varying and i.dimensions > 1]
+        halves = [seen[name].halves for name in varying if seen[name].dimensions > 1]
+        guided = bool(halves) and all(halves) and not all(i.halves for i in sides)
+        return Recording(
+            self.first, self.calls, time, levels[:1] if self.once else levels, frozenset(varying), keys, as_tensors,
+            guided=guided, samples=frozenset(samples), numbers=numbers, moves=moves(calls, places),
+        )  # fmt: skip
+
+    def _calls(self, scalars: list[float], keys: Sequence[str], samples: set[str]) -> list[Seen]:
+        """The calls as `chains` looks at them."""
+        tensors = [self.inputs[name] for name in samples if len(self.inputs[name].at) == self.calls]
+        sample = max(tensors, key=lambda i: i.size, default=_Input())
+        found = []
+        for index in range(self.calls):
+            key = self.kinds[index], tuple(self.inputs[name].values[index] for name in keys)
+            level = scalars[index] if scalars else index
+            value, sketched = (sample.values[index], sample.sketches[index]) if sample.values else (None, None)
+            found.append(Seen(level, key, value, sketched))
+        return found
 
     def _time(self) -> tuple[str | None, list[float]]:
         """The scalar input that takes the most values, and its value at each call."""
@@ -174,3 +212,10 @@ def _scalar(tensor: Tensor) -> float | None:
         return None
     first = tensor.flatten()[0]
     return float(first) if bool((tensor == first).all()) else None
+
+
+def _value(tensor: Tensor) -> tuple[Hashable, str]:
+    """A tensor's shape and type, and a digest that is equal for equal values."""
+    dense = tensor.detach().cpu().to_dense() if tensor.layout is not torch.strided else tensor.detach().cpu()
+    data = dense.contiguous().flatten().view(torch.uint8).numpy()
+    return (tensor.shape, tensor.dtype), hashlib.blake2b(data.data).hexdigest()

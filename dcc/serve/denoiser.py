@@ -23,7 +23,7 @@ from dcc.capture.settings import replaceable
 from dcc.capture.watch import State, Watch
 from dcc.discover.sites import Sites
 from dcc.discover.subject import Subject
-from dcc.errors import CaptureError, PassError, PlanError, SiteError
+from dcc.errors import CaptureError, PassError, PlanError, PositionError, SiteError
 from dcc.lower.program import Programs
 from dcc.plans import mapping
 from dcc.plans.plan import Plan
@@ -108,9 +108,14 @@ class CompiledDenoiser(Handler):
             call = bind(self.module, args, kwargs, self.recording.as_tensors)
         except CaptureError as error:  # arguments that the recorded run did not have
             return self._original(str(error), args, kwargs)
-        step, key, owners = self._locate(call)
+        try:
+            step, key, owners = self._locate(call)
+        except PositionError as error:
+            if self.recording.time is None:  # so it is at every call: whoever compiles it is told at once
+                raise
+            return self._original(str(error), args, kwargs)
         stream = self._stream(step, key, owners)
-        if stream.step < 0 or self.restless:
+        if stream.step is None or self.restless:
             self.watch.look()
         family = self.family(call)
         if isinstance(family, str):
@@ -118,7 +123,7 @@ class CompiledDenoiser(Handler):
         else:
             result = self._serve(family, call, stream, step, (args, kwargs))
         last, stream.step = stream.step, step
-        if mapping.ends(self.plan, last, step) if stream.served else step == self.plan.steps - 1:
+        if mapping.ends(self.plan, last, step) if stream.served else step >= self.plan.steps - 1:
             self.sessions.close(key)
             self._look_back()
         return result
@@ -284,12 +289,13 @@ class CompiledDenoiser(Handler):
             *((t.data_ptr(), tuple(t.shape)) for t in owners),
         )
         live = self.sessions.find(key)
-        return self.positions.of(by_name, context, live.step if live else -1), key, owners
+        return self.positions.of(by_name, context, live.step if live else None), key, owners
 
     def _stream(self, step: float, key: tuple[Any, ...], owners: tuple[Tensor, ...]) -> Stream:
         live = self.sessions.find(key)
         name = key[1] or "main"
-        return self.sessions.open(key, name, owners, restart=live is not None and step <= live.step)
+        restart = live is not None and live.step is not None and step <= live.step
+        return self.sessions.open(key, name, owners, restart)
 
 
 def asks_gradients(module: nn.Module, args: Any, kwargs: Any) -> bool:

@@ -28,7 +28,7 @@ class Positions:
         gaps = [abs(a - b) for a, b in itertools.pairwise(self.plan.levels) if a != b]
         return min(gaps, default=None)
 
-    def of(self, tensors: Mapping[str, Tensor], context: Position | None, last: float) -> float:
+    def of(self, tensors: Mapping[str, Tensor], context: Position | None, last: float | None) -> float:
         """The step of a call with these tensors, by path: from `cache_context`, or from the noise level.
 
         Where several steps have the call's level, it is the first of them after `last`. Raises PositionError for a
@@ -50,17 +50,17 @@ class Positions:
             )
         return self.at(self._level(tensors[self.time]), last)
 
-    def at(self, level: float, last: float) -> float:
+    def at(self, level: float, last: float | None) -> float:
         """The step at which the noise level is `level`; the first after `last` where there are several."""
         plan = self.plan
         tolerance = TIME_TOLERANCE * (self.smallest_gap or max(abs(level), 1.0))
         fitting = [step for step, own in enumerate(plan.levels) if abs(own - level) <= tolerance]
         if fitting:
-            return next((step for step in fitting if step > last), fitting[0])
+            return next((step for step in fitting if last is not None and step > last), fitting[0])
         between = mapping.position(plan.levels, level)
         if between is None:
             raise PositionError(
-                f"{self.time}={level:.6g} is outside the plan's levels ({plan.levels[0]:.6g} to "
+                f"{self.time} is outside the plan's levels ({plan.levels[0]:.6g} to "
                 f"{plan.levels[-1]:.6g}): this run has another scheduler than the plan ({plan.scheduler}); dcc.restore "
                 "the pipeline and compile it for this run"
             )

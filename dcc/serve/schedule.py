@@ -39,7 +39,7 @@ class Schedule:
 
     def decide(self, family: Family, stream: Stream, step: float) -> Turn:
         """The plan's turn, or the all-compute one where anchors that the plan counts on are missing."""
-        if stream.served or step != int(step):
+        if stream.served or not mapping.is_planned(self.plan, step):
             return self._between(family, stream, step)
         turn = self.planned(int(step))
         if step in stream.extra:
@@ -52,7 +52,7 @@ class Schedule:
             return self._near(family, stream, step, turn.row)
         for k, needed in self._needed(int(step)):
             if any(stream.steps(site.name)[: len(needed)] != needed for site in family.selectors[k]):
-                if stream.step >= 0 and int(stream.step) < step - 1:  # a coarser run, whose levels are all the plan's
+                if stream.step is not None and stream.step < step - 1:  # a coarser run, whose levels are all the plan's
                     return self._between(family, stream, step)
                 self.sessions.count("missed")
                 return self.full
@@ -101,7 +101,7 @@ class Schedule:
 
     def _between(self, family: Family, stream: Stream, step: float) -> Turn:
         """The turn of a call at a noise level between the plan's (plans/mapping.py)."""
-        plan, last = self.plan, stream.step if stream.step >= 0 else None
+        plan, last = self.plan, stream.step
         served = stream.served or [
             -1 if last is None else mapping.due(plan, k, -1, last, last) for k in range(len(plan.sites))
         ]
@@ -110,7 +110,7 @@ class Schedule:
             int(new > old or not self._kept(family, stream, k))
             for k, (new, old) in enumerate(zip(reached, served, strict=True))
         )
-        planned = plan.schedule[min(max(round(step), 0), plan.steps - 1)]
+        planned = plan.schedule[mapping.nearest(plan, step)]
         row = tuple(
             near if own == Decision.FORECAST and near != Decision.COMPUTE else own
             for own, near in zip(row, planned, strict=True)

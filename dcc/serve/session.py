@@ -40,7 +40,7 @@ class Stream:
 
     name: str
     owners: tuple[Tensor, ...] = ()  # held so that their addresses, which identify the request, are not given again
-    step: float = -1
+    step: float | None = None  # the position of its last call
     served: list[int] = field(default_factory=list)  # per selector, at other noise levels than the plan's (mapping.due)
     extra: set[int] = field(default_factory=set)  # steps that the guard has computed besides the planned ones
     anchors: dict[str, Anchors] = field(default_factory=dict)  # by site

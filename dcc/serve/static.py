@@ -9,6 +9,7 @@ from torch import Tensor
 from dcc.discover.sites import Sites
 from dcc.lower.program import Programs
 from dcc.passes.values import Next
+from dcc.plans import mapping
 from dcc.plans.plan import Plan, is_full
 from dcc.record.call import Call
 from dcc.record.recorder import Recording
@@ -35,11 +36,11 @@ class StaticRunner:
 
     def serve(self, family: Family, call: Call, stream: Stream, step: float) -> list[Tensor]:
         """The denoiser's outputs for one step of one stream."""
-        if stream.step < 0 and family.halves:
+        if stream.step is None and family.halves:
             check_call(call, self.recording.varying)
         turn = self.schedule.decide(family, stream, step)
         outputs = self.run(family, call, stream, step, turn)
-        if self.guard is not None and is_full(turn.row) and step == int(step):
+        if self.guard is not None and is_full(turn.row) and mapping.is_planned(self.plan, step):
             self.guard.watch(stream.anchors.get(family.selectors[0][0].name), stream, int(step))
         return outputs
 

@@ -18,6 +18,7 @@ from dcc.discover.sites import Sites
 from dcc.lower.program import Programs
 from dcc.passes.base import Port
 from dcc.passes.values import Distance, Output, Watched
+from dcc.plans import mapping
 from dcc.plans.plan import Plan, is_full
 from dcc.plans.triggers import Memory
 from dcc.record.call import Call
@@ -112,7 +113,7 @@ class TriggeredRunner:
 
     def serve(self, family: Family, call: Call, stream: Stream, step: float) -> list[Tensor]:
         """The denoiser's outputs for one step of one stream."""
-        if step != int(step):  # a run of other noise levels: the trigger decides there as it does at the plan's
+        if not mapping.is_planned(self.plan, step):  # the trigger decides there as it does at the plan's own levels
             stream.served = stream.served or [0]
             self.sessions.count("mapped")
         return self._step_through(family, call, stream, step, None)
@@ -132,7 +133,7 @@ class TriggeredRunner:
             return outputs
         watch = stream.watch
         handed, numbers = self._look(graphs, call, watch)
-        if forced is None and is_full(self.plan.schedule[round(step)]):
+        if forced is None and is_full(self.plan.schedule[mapping.nearest(self.plan, step)]):
             forced = graphs.full
         if forced is not None:
             rows, values, weights = [forced] * batch, [{} for _ in range(batch)], [None] * batch
