@@ -161,7 +161,8 @@ def test_the_layout_of_a_run_is_found(loop: Callable[[Model], None], monkeypatch
 
     def model(branch: Any, x: Tensor, level: float, text: Tensor, **options: Any) -> Tensor:
         branches.append(branch)
-        return net(x, torch.full((len(x),), level), text, **options)
+        time = torch.tensor(level).expand(len(x))  # as pipelines make it, with a stride of 0
+        return net(x, time, text, **options)
 
     with installed(net, recorder):
         loop(model)
