@@ -60,24 +60,6 @@ def steps_of(levels: Sequence[Hashable]) -> list[int]:
     return list(itertools.accumulate((a != b for a, b in itertools.pairwise(levels)), initial=0))[: len(levels)]
 
 
-def positions(calls: Sequence[Seen]) -> list[int]:
-    """By call, its position in the run: its step, with steps that evaluate a chain again and again counted apart."""
-    steps = steps_of([call.level for call in calls])
-    again = [0] * len(calls)  # by call, how often its chain was called at this step before
-    by_key: dict[Hashable, list[int]] = {}
-    for index, call in enumerate(calls):
-        by_key.setdefault(call.key, []).append(index)
-    for members in by_key.values():
-        ways = _ways([calls[i] for i in members], [steps[i] for i in members])
-        for index, ordinal in zip(members, _ordinals([steps[i] for i in members]), strict=True):
-            again[index] = ordinal // ways
-    most = [0] * (max(steps, default=-1) + 1)
-    for step, count in zip(steps, again, strict=True):
-        most[step] = max(most[step], count)
-    begins = [0, *itertools.accumulate(count + 1 for count in most)]
-    return [begins[step] + count for step, count in zip(steps, again, strict=True)]
-
-
 def chains(calls: Sequence[Seen]) -> list[list[int]]:
     """The calls of each chain in order; chains in the order of their first calls."""
     steps = steps_of([call.level for call in calls])
@@ -89,6 +71,23 @@ def chains(calls: Sequence[Seen]) -> list[list[int]]:
         own = [steps[i] for i in members]
         found += _split(members, own, _ways([calls[i] for i in members], own))
     return sorted(found)
+
+
+def positions(calls: Sequence[Seen], found: Sequence[Sequence[int]]) -> list[int]:
+    """By call, its position in the run: its step, with steps that evaluate a chain again and again counted apart.
+
+    `found` are the chains of these calls.
+    """
+    steps = steps_of([call.level for call in calls])
+    again = [0] * len(calls)  # by call, how often its chain was called at this step before
+    for chain in found:
+        for index, ordinal in zip(chain, _ordinals([steps[i] for i in chain]), strict=True):
+            again[index] = ordinal
+    most = [0] * (max(steps, default=-1) + 1)
+    for step, count in zip(steps, again, strict=True):
+        most[step] = max(most[step], count)
+    begins = [0, *itertools.accumulate(count + 1 for count in most)]
+    return [begins[step] + count for step, count in zip(steps, again, strict=True)]
 
 
 def _ordinals(steps: Sequence[int]) -> list[int]:
@@ -130,15 +129,15 @@ def _apart(a: Seen, b: Seen) -> float:
     return float(moved(a.sketched, b.sketched).max())
 
 
-def moves(calls: Sequence[Seen], places: Sequence[int]) -> Tensor:
+def moves(calls: Sequence[Seen], found: Sequence[Sequence[int]], places: Sequence[int]) -> Tensor:
     """How far a chain's sample moves from one position to another, [positions, positions] float64, symmetric.
 
-    The largest over all chains and samples; where no chain has both positions, what the moves between them add up to,
-    infinity where that is unknown too.
+    The largest over all chains `found` and samples; where no chain has both positions, what the moves between them add
+    up to, infinity where that is unknown too.
     """
     count = max(places, default=-1) + 1
     table = torch.full((count, count), -1.0, dtype=torch.float64)
-    for chain in chains(calls):
+    for chain in found:
         sketches = [sketched for index in chain if (sketched := calls[index].sketched) is not None]
         if len(sketches) < len(chain) or any(own.shape != sketches[0].shape for own in sketches):
             continue

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dcc.errors import CaptureError
 from dcc.record.call import Call, bind
-from dcc.record.chains import Seen, moves, positions, sketch, steps_of
+from dcc.record.chains import Seen, chains, moves, positions, sketch, steps_of
 from dcc.record.seam import Handler
 from dcc.torch_internals import plain_call
 
@@ -171,14 +171,15 @@ class Recorder(Handler):
         most = max((len(set(i.values)) for i in moving), default=0)
         samples = {name for name in varying if len(set(seen[name].values)) >= most}
         calls = self._calls(scalars, (*keys, *numbers), samples)
-        places = positions(calls)
+        found = chains(calls)
+        places = positions(calls, found)
         levels = tuple(dict(zip(places, scalars, strict=True)).values()) if scalars else ()
         sides = [i for n, i in whole.items() if n not in varying and i.dimensions > 1]
         halves = [seen[name].halves for name in varying if seen[name].dimensions > 1]
         guided = bool(halves) and all(halves) and not all(i.halves for i in sides)
         return Recording(
             self.first, self.calls, time, levels[:1] if self.once else levels, frozenset(varying), keys, as_tensors,
-            guided=guided, samples=frozenset(samples), numbers=numbers, moves=moves(calls, places),
+            guided=guided, samples=frozenset(samples), numbers=numbers, moves=moves(calls, found, places),
         )  # fmt: skip
 
     def _calls(self, scalars: list[float], keys: Sequence[str], samples: set[str]) -> list[Seen]:
