@@ -217,6 +217,5 @@ def _scalar(tensor: Tensor) -> float | None:
 
 def _value(tensor: Tensor) -> tuple[Hashable, str]:
     """A tensor's shape and type, and a digest that is equal for equal values."""
-    dense = tensor.detach().cpu().to_dense() if tensor.layout is not torch.strided else tensor.detach().cpu()
-    data = dense.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
+    data = tensor.detach().cpu().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
     return (tensor.shape, tensor.dtype), hashlib.blake2b(data.data).hexdigest()
